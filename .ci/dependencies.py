@@ -1,0 +1,23 @@
+"""Print the requirements of one extra of pyproject.toml, flattened, one a line: what the Makefile installs."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+
+def flatten(requirements: list[str]) -> list[str]:
+    """Replace microtome[extra] by that extra's own requirements."""
+    out: list[str] = []
+    for requirement in requirements:
+        if requirement.startswith("microtome["):
+            for extra in requirement.removeprefix("microtome[").removesuffix("]").split(","):
+                out += flatten(PROJECT["optional-dependencies"][extra])
+        else:
+            out.append(requirement)
+    return out
+
+
+if __name__ == "__main__":
+    print("\n".join(dict.fromkeys(PROJECT["dependencies"] + flatten(PROJECT["optional-dependencies"][sys.argv[1]]))))

@@ -1,0 +1,119 @@
+"""Checks at the public edge. Messages say what was asked, what came, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from microtome.errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def shapes(op: str, **named: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Match tensors against shape letters and return each letter's size.
+
+    Args:
+        op: name for the message.
+        **named: argument name -> (tensor or None, letters such as "n d"); None is skipped.
+
+    Returns:
+        {"n": 4, "d": 16, ...}.
+
+    Raises:
+        ShapeError: a tensor has another number of dimensions, or a letter has two sizes.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (tensor, letters) in named.items():
+        if tensor is None:
+            continue
+        names = letters.split()
+        if tensor.dim() != len(names):
+            msg = f"{op}: {name} must be [{', '.join(names)}], got shape {list(tensor.shape)}."
+            raise ShapeError(msg)
+        for letter, size in zip(names, tensor.shape, strict=True):
+            seen = sizes.setdefault(letter, (size, name))
+            if seen[0] != size:
+                msg = (
+                    f"{op}: {name} must be [{', '.join(names)}] with {letter}={seen[0]} as in {seen[1]}, "
+                    f"got shape {list(tensor.shape)}."
+                )
+                raise ShapeError(msg)
+    return {letter: size for letter, (size, _) in sizes.items()}
+
+
+def dtype(op: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
+    """Raise DtypeError unless each tensor's dtype is one of `allowed`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            has = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+            msg = f"{op}: {name} must be {has}, got {str(tensor.dtype).removeprefix('torch.')}. Cast it with .to()."
+            raise DtypeError(msg)
+
+
+def same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Raise DtypeError unless all tensors share one dtype."""
+    present = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if len(set(present.values())) > 1:
+        got = ", ".join(f"{n} {str(d).removeprefix('torch.')}" for n, d in present.items())
+        msg = f"{op}: all weights and inputs must share one dtype, got {got}. Cast them with .to()."
+        raise DtypeError(msg)
+
+
+def device(op: str, **tensors: Tensor | None) -> None:
+    """Raise DeviceError unless all tensors lie on one device."""
+    present = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(present.values())) > 1:
+        got = ", ".join(f"{n} on {d}" for n, d in present.items())
+        msg = f"{op}: all tensors must lie on one device, got {got}. Move them with .to(device)."
+        raise DeviceError(msg)
+
+
+def between(op: str, name: str, value: int, low: int, high: int, high_name: str = "") -> None:
+    """Raise ArgumentError unless low <= value <= high."""
+    if not low <= value <= high:
+        limit = f"{high_name}={high}" if high_name else str(high)
+        msg = f"{op}: {name} must be between {low} and {limit}, got {name}={value}."
+        raise ArgumentError(msg)
+
+
+def one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ArgumentError unless value is one of allowed."""
+    if value not in allowed:
+        msg = f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}."
+        raise ArgumentError(msg)
+
+
+def index_range(op: str, indices: Tensor, size: int, letter: str = "f") -> None:
+    """Raise ArgumentError unless every index lies in [0, size). One pass over `indices`."""
+    if indices.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        msg = f"{op}: indices must lie in [0, {letter}={size}), got {bad}."
+        raise ArgumentError(msg)
+
+
+def finite_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raise NonFiniteError naming the first rows of a matrix that hold NaN or infinity."""
+    # A sum is finite only if every term is; overflow of a finite row is told apart below.
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))):
+        return
+    bad = (~torch.isfinite(tensor)).any(dim=-1).nonzero().flatten()
+    if bad.numel():
+        rows(op, name, bad)
+
+
+def rows(op: str, name: str, bad: Tensor) -> None:
+    """Raise NonFiniteError for the row numbers in `bad`."""
+    first = ", ".join(str(int(i)) for i in bad[:5])
+    more = f" and {bad.numel() - 5} more" if bad.numel() > 5 else ""
+    msg = (
+        f"{op}: {name} holds NaN or infinity in row {first}{more}. "
+        f"Drop or repair these rows (torch.isfinite({name}).all(-1) finds them)."
+    )
+    raise NonFiniteError(msg)

@@ -1,0 +1,47 @@
+"""The compiled extension, imported on first use and always after torch, so both share one libgomp."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+LEVELS = ("generic", "avx2", "avx512", "amx")
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """The extension module and an empty string, or None and the reason why it is absent."""
+    try:
+        return importlib.import_module("microtome._native_ext"), ""
+    except ImportError as error:
+        return None, f"the compiled extension is not there ({error}); reinstall with a C++ compiler"
+
+
+def module() -> ModuleType:
+    """The extension; call only where `why_absent()` returned None."""
+    native, reason = load()
+    if native is None:
+        raise ImportError(reason)
+    return native
+
+
+def why_absent() -> str | None:
+    """None when the extension is there, else the reason."""
+    return load()[1] or None
+
+
+def isa() -> str:
+    """The instruction-set level in use: generic, avx2, avx512 or amx.
+
+    `MICROTOME_CPU_ISA` forces a level at or below what the processor has; it is read at every call.
+    """
+    return str(module().isa_level(os.environ.get("MICROTOME_CPU_ISA", "")))
+
+
+def threads() -> int:
+    """Threads a kernel may use. OpenMP's own count is per Python thread, torch's is not."""
+    return torch.get_num_threads()

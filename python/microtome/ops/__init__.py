@@ -1,0 +1,19 @@
+"""The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
+
+from microtome.ops._registry import info, use_backend
+from microtome.ops.sae_loss import sae_loss
+from microtome.ops.sae_update import sae_update
+from microtome.ops.screen_weights import Screen, screen_weights
+from microtome.ops.sparse_decode import sparse_decode
+from microtome.ops.topk_encode import topk_encode
+
+__all__ = [
+    "Screen",
+    "info",
+    "sae_loss",
+    "sae_update",
+    "screen_weights",
+    "sparse_decode",
+    "topk_encode",
+    "use_backend",
+]

@@ -1,0 +1,193 @@
+"""The one dispatcher: an op is a torch op whose body picks the first backend that can run the inputs.
+
+The choice is made inside the opaque body, so an already compiled graph follows `use_backend`. The signature is
+written once, in the reference; the schema, hence every backend, follows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome import _native
+from microtome.errors import ArgumentError, BackendError
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+OPS: dict[str, Op] = {}
+_LIB = torch.library.Library("microtome", "DEF")
+_demanded: list[str] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Attributes:
+        name: "cuda", "triton", "cpu" or "reference".
+        impl: "package.module:function", imported on first use; takes the op's arguments, all by position.
+        why_not: takes the same arguments; None when it can run them, else the reason in a few words.
+    """
+
+    name: str
+    impl: str
+    why_not: Callable[..., str | None]
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        module, function = self.impl.split(":")
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def unavailable(name: str) -> str | None:
+    """None when a backend exists on this machine, else why not. Says nothing about particular inputs."""
+    if name == "cpu":
+        return _native.why_absent()
+    if name in ("cuda", "triton"):
+        if name == "triton":
+            if importlib.util.find_spec("triton") is None:
+                return "triton is not installed (pip install triton)"
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+        elif _native.why_absent():
+            return _native.why_absent()
+        elif not _native.module().has_cuda():
+            return "the extension was built without nvcc"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+    return None
+
+
+def why_not_common(backend: str, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> str | None:
+    """The reasons every native backend shares: absent, wrong device, wrong floating dtype."""
+    reason = unavailable(backend)
+    if reason:
+        return reason
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != wanted:
+            return f"device is {tensor.device.type} (needs {wanted})"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            has = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')} (has {has})"
+    return None
+
+
+class Op:
+    """A torch op `torch.ops.microtome.<name>` with an ordered list of backends, reference last."""
+
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        *,
+        fake: Callable[..., Any],
+        backends: Sequence[Backend] = (),
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[..., Any] | None = None,
+        mutates: Sequence[str] = (),
+    ) -> None:
+        self.name = reference.__name__.removesuffix("_reference")
+        self.arguments = tuple(inspect.signature(reference).parameters)
+        last = Backend("reference", f"{reference.__module__}:{reference.__name__}", lambda *_: None)
+        self.backends = (*backends, last)
+        _LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=tuple(mutates)))
+        for key in ("CPU", "CUDA"):
+            _LIB.impl(self.name, self._run, key)
+        qualified = f"microtome::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_LIB)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
+        self.torch_op = getattr(torch.ops.microtome, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.torch_op(*args)
+
+    def choose(self, *args: Any) -> Backend:
+        """The backend that would run these arguments.
+
+        Raises:
+            BackendError: a demanded backend cannot; the message lists every input and every reason.
+        """
+        demanded = demanded_backend()
+        for backend in self.backends:
+            if demanded in (None, backend.name) and backend.why_not(*args) is None:
+                return backend
+        msg = f"{self.name}: backend {demanded!r} was demanded but cannot run here.\n{self.explain(*args)}"
+        raise BackendError(f'{msg}\nDemand another with use_backend("reference"), or none to let microtome choose.')
+
+    def explain(self, *args: Any) -> str:
+        """Every input with its shape, dtype and device, and what each backend says to it."""
+        lines = []
+        for name, value in zip(self.arguments, args, strict=False):
+            if isinstance(value, Tensor):
+                kind = str(value.dtype).removeprefix("torch.")
+                lines.append(f"  {name}: {list(value.shape)} {kind} {value.device}")
+            else:
+                lines.append(f"  {name}: {value!r}")
+        lines.append("because" if demanded_backend() else "backends, in order of choice")
+        known = {b.name: b for b in self.backends}
+        for backend in NAMES:
+            reason = known[backend].why_not(*args) if backend in known else "not written for this op"
+            lines.append(f"  {backend}: {reason or 'can run it'}")
+        return "\n".join(lines)
+
+    def _run(self, *args: Any) -> Any:
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        run = self.choose(*args).run
+        if torch.is_autocast_enabled(device):
+            # Inside the body autocast would turn a reference's products into bf16 unasked.
+            with torch.autocast(device, enabled=False):
+                return run(*args)
+        return run(*args)
+
+
+def demanded_backend() -> str | None:
+    """The backend demanded by `use_backend` or MICROTOME_BACKEND, or None."""
+    name = _demanded[-1] if _demanded else os.environ.get("MICROTOME_BACKEND", "")
+    if name in ("", "auto"):
+        return None
+    if name not in NAMES:
+        msg = f"use_backend: no backend {name!r}; choose one of {', '.join(map(repr, NAMES))} or 'auto'."
+        raise ArgumentError(msg)
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Demand one backend ("cuda", "triton", "cpu", "reference") for all ops inside the block; "auto" lifts a demand.
+
+    Process-wide, like `torch.set_num_threads`. An op that the backend cannot run raises BackendError.
+
+    Example:
+        >>> import microtome as mt
+        >>> with mt.use_backend("reference"):
+        ...     pass
+    """
+    _demanded.append(name)
+    try:
+        demanded_backend()
+        yield
+    finally:
+        _demanded.pop()
+
+
+def info() -> dict[str, str]:
+    """Each backend and either 'available' or the reason why not. Raises where MICROTOME_REQUIRE names a missing one."""
+    report = {name: unavailable(name) or "available" for name in NAMES}
+    required = [name for name in os.environ.get("MICROTOME_REQUIRE", "").split(",") if name]
+    missing = [f"{name}: {report.get(name, 'no such backend')}" for name in required if report.get(name) != "available"]
+    if missing:
+        raise BackendError("MICROTOME_REQUIRE names backends that are missing. " + "; ".join(missing))
+    return report

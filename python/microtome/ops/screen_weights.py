@@ -1,0 +1,102 @@
+"""The low-precision shadow of an encoder that `topk_encode` screens with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from microtome import _check, _native
+from microtome.ops._registry import Backend, Op, why_not_common
+
+KINDS = ("bf16", "q15")
+# ||q_x|| * ||q_w|| <= 46340^2 < 2^31: by Cauchy-Schwarz no partial sum of an integer dot product overflows int32.
+Q_NORM = 46340.0
+
+
+class Screen(NamedTuple):
+    """A 16-bit shadow of W_enc with the numbers that bound its error.
+
+    Attributes:
+        kind: "bf16" (AMX tiles) or "q15" (integers times one scale a row, exact int32 accumulation).
+        shadow: [f, stride] int16: bf16 bits or integers; columns from d on are zero. The stride is d rounded up to
+            an odd number of 64-byte lines, so that sixteen rows never share one cache set.
+        stats: [f, 4] float32, per row w: its scale (1 for bf16), ||w||, ||w - shadow||, 0. The norms are rounded up.
+    """
+
+    kind: str
+    shadow: Tensor
+    stats: Tensor
+
+
+def stride(d: int) -> int:
+    """Elements between two shadow rows: d rounded up to an odd multiple of 32 (64 bytes)."""
+    lines = max(1, -(-d // 32))
+    return 32 * (lines if lines % 2 else lines + 1)
+
+
+def best_kind() -> str:
+    """The kind that this processor multiplies fastest."""
+    return "bf16" if _native.why_absent() is None and _native.isa() == "amx" else "q15"
+
+
+def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
+    """Build the shadow of an encoder that `topk_encode` screens with.
+
+        q15:  s = max(max|w| / 32767, ||w|| / (46340 - sqrt(d)));  shadow = round(w / s)
+        bf16: s = 1;  shadow = w rounded to nearest even
+
+    Args:
+        W_enc: [f, d] float32.
+        kind: "bf16", "q15", or "auto" for the one this processor multiplies fastest.
+
+    Returns:
+        A Screen; 2 bytes a weight plus 16 bytes a feature.
+
+    Raises:
+        ShapeError, DtypeError: W_enc is not a float32 matrix.
+        NonFiniteError: a row of W_enc holds NaN or infinity; the message names it.
+
+    Not differentiable. Deterministic. Reads W_enc once. CPU only: on GPU the Triton encoder screens in bf16 itself.
+    Source: docs/exactness.md.
+    """
+    _check.shapes("screen_weights", W_enc=(W_enc, "f d"))
+    _check.dtype("screen_weights", (torch.float32,), W_enc=W_enc)
+    _check.one_of("screen_weights", "kind", kind, ("auto", *KINDS))
+    if kind == "auto":
+        kind = best_kind()
+    shadow, stats = _screen(W_enc, kind)
+    return Screen(kind, shadow, stats)
+
+
+def screen_weights_reference(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The formulas above; norms in float64, then one float32 step up, so they bound from above."""
+    f, d = W_enc.shape
+    _check.finite_rows("screen_weights", "W_enc", W_enc)
+    wide = W_enc.double()
+    norm = wide.norm(dim=1)
+    if kind == "bf16":
+        scale = torch.ones(f, dtype=torch.float32, device=W_enc.device)
+        bits = W_enc.bfloat16()
+        rounded, codes = bits.double(), bits.view(torch.int16)
+    else:
+        largest = wide.abs().amax(1) if d else norm
+        scale = torch.maximum(largest / 32767.0, norm / (Q_NORM - d**0.5)).float()
+        scale = torch.where(scale > 0, scale * (1 + 2**-20), 1.0)
+        codes = (wide / scale.double()[:, None]).round().to(torch.int16)
+        rounded = codes.double() * scale.double()[:, None]
+    shadow = torch.zeros(f, stride(d), dtype=torch.int16, device=W_enc.device)
+    shadow[:, :d] = codes
+    up = 1 + 2**-20
+    error = (wide - rounded).norm(dim=1)
+    stats = torch.stack([scale, (norm * up).float(), (error * up).float(), torch.zeros_like(scale)], dim=1)
+    return shadow, stats
+
+
+def _fake(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    f, d = W_enc.shape
+    return W_enc.new_empty(f, stride(d), dtype=torch.int16), W_enc.new_empty(f, 4)
+
+
+_screen = Op(screen_weights_reference, fake=_fake)
