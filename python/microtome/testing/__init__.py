@@ -1,0 +1,6 @@
+"""Case tables and comparison rules, shared by tests and benchmarks."""
+
+from microtome.testing.cases import BENCH_CASES, CASES, Case
+from microtome.testing.compare import assert_accurate, backends_of, max_error
+
+__all__ = ["BENCH_CASES", "CASES", "Case", "assert_accurate", "backends_of", "max_error"]

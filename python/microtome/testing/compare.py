@@ -1,0 +1,54 @@
+"""The accuracy rule: a backend's error against float64 is at most twice that of plain PyTorch at the same dtype."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from microtome.ops import _registry
+
+
+def max_error(got: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference, in float64; NaN counts as infinite."""
+    if exact.numel() == 0:
+        return 0.0
+    difference = (got.double() - exact.double()).abs().nan_to_num(nan=float("inf"))
+    return float(difference.max())
+
+
+def assert_accurate(got: Tensor, plain: Tensor, exact: Tensor, what: str = "output", factor: float = 2.0) -> None:
+    """Assert that `got` is at most `factor` times as far from `exact` as `plain` is.
+
+    Args:
+        got: the backend's answer.
+        plain: the same by plain PyTorch at got's dtype.
+        exact: the same in float64.
+        what: name for the message.
+        factor: 2 unless a test says why not.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    assert got.dtype == plain.dtype, f"{what}: dtype {got.dtype}, expected {plain.dtype}"
+    # One ulp of the largest entry: plain PyTorch is now and then exact where no rounding was needed.
+    floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
+    error, allowed = max_error(got, exact), factor * max_error(plain, exact) + floor
+    assert error <= allowed, f"{what}: error {error:.3e} against float64, plain PyTorch allows {allowed:.3e}"
+
+
+def backends_of(op: _registry.Op) -> list[object]:
+    """pytest parameters: every backend of an op, those absent here marked to be skipped with the reason.
+
+    A backend that MICROTOME_REQUIRE names is never skipped: its absence is a failure.
+    """
+    required = os.environ.get("MICROTOME_REQUIRE", "").split(",")
+    parameters: list[object] = []
+    for backend in op.backends:
+        reason = _registry.unavailable(backend.name)
+        here = backend.name != "triton" or os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+        marks = [pytest.mark.triton] if backend.name == "triton" else []
+        if reason and (backend.name not in required or not here):
+            marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
+        parameters.append(pytest.param(backend.name, marks=marks, id=backend.name))
+    return parameters
