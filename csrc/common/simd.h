@@ -34,6 +34,7 @@ inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 inline vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline unsigned not_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
 #elif defined(__AVX2__)
 
@@ -56,6 +57,9 @@ inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
 inline vf sqrt(vf a) { return _mm256_sqrt_ps(a); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline unsigned not_less(vf a, vf b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+}
 
 #else
 

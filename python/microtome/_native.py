@@ -34,12 +34,19 @@ def why_absent() -> str | None:
     return load()[1] or None
 
 
-def isa() -> str:
-    """The instruction-set level in use: generic, avx2, avx512 or amx.
+def forced_isa() -> str:
+    """The level demanded by `MICROTOME_CPU_ISA`, or "" for the best; read at every call, passed to every kernel."""
+    return os.environ.get("MICROTOME_CPU_ISA", "")
 
-    `MICROTOME_CPU_ISA` forces a level at or below what the processor has; it is read at every call.
-    """
-    return str(module().isa_level(os.environ.get("MICROTOME_CPU_ISA", "")))
+
+def isa() -> str:
+    """The instruction-set level in use: generic, avx2, avx512 or amx; never above what the processor has."""
+    return str(module().isa_level(forced_isa()))
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's data lies, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def threads() -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.ops._registry import Backend, Op, why_not_common
-from microtome.ops.screen_weights import Screen
+from microtome.ops.screen_weights import KINDS, Screen, stride
 
 PRECISIONS = ("exact", "fast")
 
@@ -112,6 +112,49 @@ def topk_encode_reference(
     return values.to(x.dtype), indices.int(), _counts(x, f)
 
 
+def _cpu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    precision: str,
+    kind: str,
+    shadow: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native, forced = _native.module(), _native.forced_isa()
+    n, f, d = x.shape[0], W_enc.shape[0], x.shape[1]
+    x = x if x.stride(1) == 1 or d == 1 else x.contiguous()
+    W_enc = W_enc.contiguous()
+    b_enc = b_enc.contiguous() if b_enc is not None else None
+    if b_dec is not None:
+        b_dec = b_dec.contiguous()
+        _check.finite_rows("topk_encode", "b_dec", b_dec[None])
+    if kind != KINDS[native.screen_kind(forced)]:
+        shadow = stats = None  # built for another instruction set
+    values = torch.empty(n, k, dtype=x.dtype)
+    indices = torch.empty(n, k, dtype=torch.int32)
+    candidates = torch.empty(n, dtype=torch.int32)
+    inputs = [_native.address(t) for t in (W_enc, b_enc, b_dec)]
+    screen = [_native.address(shadow), _native.address(stats), stride(d)]
+    outputs = [t.data_ptr() for t in (values, indices, candidates)]
+    bad_row, bad_feature = native.topk_encode(
+        x.data_ptr(), x.stride(0), *inputs, n, d, f, k, precision == "fast", *screen, *outputs, forced, _native.threads()
+    )
+    if bad_feature >= 0:
+        name = "W_enc" if b_enc is None or bool(torch.isfinite(b_enc[bad_feature])) else "b_enc"
+        _check.rows("topk_encode", name, torch.tensor([bad_feature]))
+    if bad_row >= 0:
+        bad = (~torch.isfinite(x)).any(-1).nonzero().flatten()
+        _check.rows("topk_encode", "x" if bad.numel() else "x W_enc^T", bad if bad.numel() else torch.tensor([bad_row]))
+    return values, indices, candidates
+
+
+def _why_not_cpu(*args: Tensor | None) -> str | None:
+    return why_not_common("cpu", args[:4], (torch.float32,))
+
+
 def _counts(x: Tensor, f: int) -> Tensor:
     return torch.full((x.shape[0],), f, dtype=torch.int32, device=x.device)
 
@@ -150,4 +193,10 @@ def _fake(x: Tensor, W_enc: Tensor, *args: object) -> tuple[Tensor, Tensor, Tens
     return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)  # type: ignore[arg-type]
 
 
-_encode = Op(topk_encode_reference, fake=_fake, backward=_backward, setup_context=_setup_context)
+_encode = Op(
+    topk_encode_reference,
+    fake=_fake,
+    backends=(Backend("cpu", "microtome.ops.topk_encode:_cpu", _why_not_cpu),),
+    backward=_backward,
+    setup_context=_setup_context,
+)
