@@ -8,19 +8,19 @@ namespace {
 
 constexpr int kFeatures = 6;  // 6 x 2 accumulators, 2 vectors of x, 1 broadcast, 1 product: sixteen registers
 
-// out[g][v] = integer dot products of feature g with rows 8 v ... 8 v + 7 of a panel. The sums live in a local array
-// that only constants index, or the compiler would keep them in memory.
-inline void tile(const int16_t* const (&w)[kFeatures], const int16_t* x, int64_t pairs, __m256i (&out)[kFeatures][2]) {
+// Integer dot products of six features with the sixteen rows of a panel. The sums live in a local array that only
+// constants index, or the compiler would keep them in memory.
+inline void tile(const int16_t* w, int64_t stride, const int16_t* x, int64_t padded, float (&out)[kFeatures][kPanel]) {
     __m256i acc[kFeatures][2];
 #pragma GCC unroll 6
     for (int g = 0; g < kFeatures; ++g) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
-    for (int64_t p = 0; p < pairs; ++p) {
-        const __m256i x0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + p * 32));
-        const __m256i x1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + p * 32 + 16));
+    for (int64_t i = 0; i < padded; i += 2) {
+        const __m256i x0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + i * kPanel));
+        const __m256i x1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + i * kPanel + kPanel));
 #pragma GCC unroll 6
         for (int g = 0; g < kFeatures; ++g) {
             int32_t pair;
-            std::memcpy(&pair, w[g] + p * 2, sizeof pair);
+            std::memcpy(&pair, w + g * stride + i, sizeof pair);
             const __m256i b = _mm256_set1_epi32(pair);
             acc[g][0] = _mm256_add_epi32(acc[g][0], _mm256_madd_epi16(b, x0));
             acc[g][1] = _mm256_add_epi32(acc[g][1], _mm256_madd_epi16(b, x1));
@@ -30,28 +30,13 @@ inline void tile(const int16_t* const (&w)[kFeatures], const int16_t* x, int64_t
     }
 #pragma GCC unroll 6
     for (int g = 0; g < kFeatures; ++g) {
-        out[g][0] = acc[g][0];
-        out[g][1] = acc[g][1];
+        store(out[g], _mm256_cvtepi32_ps(acc[g][0]));
+        store(out[g] + 8, _mm256_cvtepi32_ps(acc[g][1]));
     }
 }
 
 void screen(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1) {
-    for (int64_t f = f0; f < f1; f += kFeatures) {
-        const int16_t* w[kFeatures];  // past the end the last feature stands in, and is not looked at
-        for (int g = 0; g < kFeatures; ++g) w[g] = s.shadow + (f + g < f1 ? f + g : f1 - 1) * s.stride;
-        for (int64_t r = r0; r < r1; r += kPanel) {
-            __m256i acc[kFeatures][2];
-            tile(w, s.packed + r * s.padded, s.padded / 2, acc);
-            for (int v = 0; v < 2; ++v) {
-                const int64_t row = r + v * kWidth;
-                const vf scale = load(s.scale + row), threshold = load(s.threshold + row);
-                const vf error_w = load(s.error_w + row), error_r = load(s.error_r + row);
-                for (int g = 0; g < kFeatures && f + g < f1; ++g) {
-                    filter(s, row, f + g, _mm256_cvtepi32_ps(acc[g][v]), scale, error_w, error_r, threshold);
-                }
-            }
-        }
-    }
+    screen_tiles<kFeatures, kPanel>(s, f0, f1, r0, r1, tile);
 }
 
 }  // namespace

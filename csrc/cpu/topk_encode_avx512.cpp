@@ -9,20 +9,20 @@ namespace {
 constexpr int kFeatures = 12;      // 12 x 2 accumulators, 2 vectors of x, 1 broadcast of 32 registers
 constexpr int kRows = 2 * kPanel;  // two panels side by side
 
-// out[g][v] = integer dot products of feature g with the rows of panel v. The sums live in a local array that only
-// constants index, or the compiler would keep them in memory.
-inline void tile(const int16_t* const (&w)[kFeatures], const int16_t* x, int64_t panel, int64_t pairs,
-                 __m512i (&out)[kFeatures][2]) {
+// Integer dot products of twelve features with two panels of rows. The sums live in a local array that only constants
+// index, or the compiler would keep them in memory.
+inline void tile(const int16_t* w, int64_t stride, const int16_t* x, int64_t padded, float (&out)[kFeatures][kRows]) {
+    const int16_t* second = x + kPanel * padded;
     __m512i acc[kFeatures][2];
 #pragma GCC unroll 12
     for (int g = 0; g < kFeatures; ++g) acc[g][0] = acc[g][1] = _mm512_setzero_si512();
-    for (int64_t p = 0; p < pairs; ++p) {
-        const __m512i x0 = _mm512_load_si512(x + p * 32);
-        const __m512i x1 = _mm512_load_si512(x + panel + p * 32);
+    for (int64_t i = 0; i < padded; i += 2) {
+        const __m512i x0 = _mm512_load_si512(x + i * kPanel);
+        const __m512i x1 = _mm512_load_si512(second + i * kPanel);
 #pragma GCC unroll 12
         for (int g = 0; g < kFeatures; ++g) {
             int32_t pair;
-            std::memcpy(&pair, w[g] + p * 2, sizeof pair);
+            std::memcpy(&pair, w + g * stride + i, sizeof pair);
             const __m512i b = _mm512_set1_epi32(pair);
             acc[g][0] = _mm512_dpwssd_epi32(acc[g][0], b, x0);
             acc[g][1] = _mm512_dpwssd_epi32(acc[g][1], b, x1);
@@ -32,28 +32,13 @@ inline void tile(const int16_t* const (&w)[kFeatures], const int16_t* x, int64_t
     }
 #pragma GCC unroll 12
     for (int g = 0; g < kFeatures; ++g) {
-        out[g][0] = acc[g][0];
-        out[g][1] = acc[g][1];
+        store(out[g], _mm512_cvtepi32_ps(acc[g][0]));
+        store(out[g] + kPanel, _mm512_cvtepi32_ps(acc[g][1]));
     }
 }
 
 void screen(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1) {
-    for (int64_t f = f0; f < f1; f += kFeatures) {
-        const int16_t* w[kFeatures];  // past the end the last feature stands in, and is not looked at
-        for (int g = 0; g < kFeatures; ++g) w[g] = s.shadow + (f + g < f1 ? f + g : f1 - 1) * s.stride;
-        for (int64_t r = r0; r < r1; r += kRows) {
-            __m512i acc[kFeatures][2];
-            tile(w, s.packed + r * s.padded, kPanel * s.padded, s.padded / 2, acc);
-            for (int v = 0; v < 2; ++v) {
-                const int64_t row = r + v * kWidth;
-                const vf scale = load(s.scale + row), threshold = load(s.threshold + row);
-                const vf error_w = load(s.error_w + row), error_r = load(s.error_r + row);
-                for (int g = 0; g < kFeatures && f + g < f1; ++g) {
-                    filter(s, row, f + g, _mm512_cvtepi32_ps(acc[g][v]), scale, error_w, error_r, threshold);
-                }
-            }
-        }
-    }
+    screen_tiles<kFeatures, kRows>(s, f0, f1, r0, r1, tile);
 }
 
 }  // namespace

@@ -36,5 +36,27 @@ inline void filter(const Screening& s, int64_t row, int64_t f, vf acc, vf scale,
     }
 }
 
+// The loop around a level's tile product. `tile(w, stride, x, padded, out)` multiplies kFeatures neighbouring shadow rows
+// with kRows packed rows of x (panels of kPanel rows, each kPanel * padded codes) into out[feature][row].
+// A block has at least kFeatures features (the driver sees to it), so the last step of a range may look back and pass
+// over what it has seen.
+template <int kFeatures, int kRows, class Tile>
+inline void screen_tiles(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1, Tile tile) {
+    alignas(64) float out[kFeatures][kRows];
+    for (int64_t f = f0; f < f1; f += kFeatures) {
+        const int64_t start = f + kFeatures <= f1 ? f : (f1 > kFeatures ? f1 - kFeatures : 0);
+        for (int64_t r = r0; r < r1; r += kRows) {
+            tile(s.shadow + start * s.stride, s.stride, s.packed + r * s.padded, s.padded, out);
+            for (int64_t row = r; row < r + kRows; row += kWidth) {
+                const vf scale = load(s.scale + row), threshold = load(s.threshold + row);
+                const vf error_w = load(s.error_w + row), error_r = load(s.error_r + row);
+                for (int64_t g = f - start; g < kFeatures && start + g < f1; ++g) {
+                    filter(s, row, start + g, load(out[g] + (row - r)), scale, error_w, error_r, threshold);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace microtome::cpu
