@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -76,6 +77,8 @@ class Pass {
         most_rows_ = std::max<int64_t>(granule_, kScratch / per_row / 32 * 32);
     }
 
+    bool weights_bad() const { return weights_bad_; }
+
     int64_t most_rows() const { return most_rows_; }
 
     // Answers rows. Those whose list overflowed are appended to `failed`, those with no finite answer to `bad`.
@@ -106,6 +109,7 @@ class Pass {
                         kernels_.screen_row(a_.weights + f * a_.d, a_.d, a_.stride, kernels_.kind,
                                             cold_shadow_.get() + (f - start) * a_.stride,
                                             cold_stats_.data() + (f - start) * 4);
+                        if (!std::isfinite(cold_stats_[(f - start) * 4 + 1])) weights_bad_ = true;
                     }
                 }
                 for (int64_t t = omp_get_thread_num(); t < workers * slices_; t += team) {
@@ -247,10 +251,16 @@ class Pass {
             const int64_t list = slice * slots_ + r;
             const Hit* hits = hits_.get() + list * capacity_;
             if (count_[list] < 0) {
-                state_[r] = kOverflowed;
+                state_[r] = none;
                 return;
             }
-            merged.insert(merged.end(), hits, hits + count_[list]);
+            for (const Hit* hit = hits; hit != hits + count_[list]; ++hit) {
+                if (hit->lower != hit->lower) {  // a bound that overflowed
+                    state_[r] = none;
+                    return;
+                }
+                merged.push_back(*hit);
+            }
         }
         int64_t computed = static_cast<int64_t>(merged.size()) < k ? -1 : a_.f;
         if (screened_ && computed > 0) computed = survivors(x_.get() + r * a_.d, merged, exact);
@@ -302,6 +312,7 @@ class Pass {
     std::vector<float> threshold_, scale_, error_w_, error_r_, cold_stats_;
     std::vector<int32_t> count_, limit_;
     std::vector<uint8_t> state_;
+    std::atomic<bool> weights_bad_{false};
 };
 
 }  // namespace
@@ -353,6 +364,7 @@ void topk_encode(const TopkArguments& a, Isa isa) {
         const int64_t n = static_cast<int64_t>(which.size());
         for (int64_t r = 0; r < n; r += pass.most_rows()) {
             pass.run(which.data() + r, std::min(pass.most_rows(), n - r), rest, bad);
+            if (pass.weights_bad()) bad.push_back(which[r]);
         }
     };
     // Where nearly every feature is an answer, or there are few, a screen cannot pay.

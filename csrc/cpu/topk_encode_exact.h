@@ -44,6 +44,10 @@ void screen_exact(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_
                 dot4(s.x + r * s.d, s.d, s.weights + f * s.d, z);
                 for (int j = 0; j < kExactRows && r + j < r1; ++j) {
                     const float value = s.bias ? z[j] + s.bias[f] : z[j];
+                    if (!(__builtin_fabsf(value) < __builtin_inff())) {  // no answer for this row
+                        s.threshold[r + j] = __builtin_inff();
+                        s.count[r + j] = -1;
+                    }
                     // Features come in ascending order, so an equal value that comes later has lost its tie.
                     if (!(value > s.threshold[r + j])) continue;
                     Hit& hit = s.hits[(r + j) * s.capacity + s.count[r + j]];

@@ -103,6 +103,8 @@ def topk_encode_reference(
     _check.finite_rows("topk_encode", "W_enc", W_enc)
     if b_enc is not None:
         _check.finite_rows("topk_encode", "b_enc", b_enc[:, None])
+    if b_dec is not None:
+        _check.finite_rows("topk_encode", "b_dec", b_dec[None])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     centred = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
     z = torch.nn.functional.linear(centred, W_enc.to(wide), None if b_enc is None else b_enc.to(wide))
