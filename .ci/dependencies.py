@@ -1,8 +1,9 @@
-"""Print the requirements of one extra of pyproject.toml, flattened, one a line: what the Makefile installs."""
+"""Print the requirements of one extra of pyproject.toml, one a line, for the Makefile."""
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
@@ -20,4 +21,10 @@ def flatten(requirements: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(dict.fromkeys(PROJECT["dependencies"] + flatten(PROJECT["optional-dependencies"][sys.argv[1]]))))
+    print(
+        "\n".join(
+            dict.fromkeys(
+                PROJECT["dependencies"] + flatten(PROJECT["optional-dependencies"][sys.argv[1]])
+            )
+        )
+    )

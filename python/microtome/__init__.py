@@ -7,7 +7,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that holds it, imported on first use, so that `import microtome` costs next to nothing.
+# Public name -> module that holds it, imported on first use, so that `import microtome` costs next
+# to nothing.
 _PUBLIC = {
     "SAE": "microtome.sae",
     "TopK": "microtome.sae",
@@ -23,7 +24,7 @@ _PUBLIC = {
 }
 _MODULES = ("errors", "integrations", "kernels", "models", "ops", "sae", "testing")
 
-__all__ = ["__version__", *_MODULES, *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checks at the public edge. Messages say what was asked, what came, what is allowed, what to do."""
+"""Checks at the public edge: messages say what was asked, what came, what is allowed."""
 
 from __future__ import annotations
 
@@ -38,19 +38,24 @@ def shapes(op: str, **named: tuple[Tensor | None, str]) -> dict[str, int]:
             seen = sizes.setdefault(letter, (size, name))
             if seen[0] != size:
                 msg = (
-                    f"{op}: {name} must be [{', '.join(names)}] with {letter}={seen[0]} as in {seen[1]}, "
-                    f"got shape {list(tensor.shape)}."
+                    f"{op}: {name} must be [{', '.join(names)}] with {letter}={seen[0]} "
+                    f"as in {seen[1]}, got shape {list(tensor.shape)}."
                 )
                 raise ShapeError(msg)
     return {letter: size for letter, (size, _) in sizes.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype(op: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
     """Raise DtypeError unless each tensor's dtype is one of `allowed`."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
-            has = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-            msg = f"{op}: {name} must be {has}, got {str(tensor.dtype).removeprefix('torch.')}. Cast it with .to()."
+            has = ", ".join(dtype_name(d) for d in allowed)
+            msg = f"{op}: {name} must be {has}, got {dtype_name(tensor.dtype)}. Cast it with .to()."
             raise DtypeError(msg)
 
 
@@ -58,7 +63,7 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Raise DtypeError unless all tensors share one dtype."""
     present = {name: t.dtype for name, t in tensors.items() if t is not None}
     if len(set(present.values())) > 1:
-        got = ", ".join(f"{n} {str(d).removeprefix('torch.')}" for n, d in present.items())
+        got = ", ".join(f"{n} {dtype_name(d)}" for n, d in present.items())
         msg = f"{op}: all weights and inputs must share one dtype, got {got}. Cast them with .to()."
         raise DtypeError(msg)
 
@@ -101,7 +106,11 @@ def index_range(op: str, indices: Tensor, size: int, letter: str = "f") -> None:
 def finite_rows(op: str, name: str, tensor: Tensor) -> None:
     """Raise NonFiniteError naming the first rows of a matrix that hold NaN or infinity."""
     # A sum is finite only if every term is; overflow of a finite row is told apart below.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))):
+    if bool(
+        torch.isfinite(
+            tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        )
+    ):
         return
     bad = (~torch.isfinite(tensor)).any(dim=-1).nonzero().flatten()
     if bad.numel():

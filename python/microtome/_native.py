@@ -1,4 +1,4 @@
-"""The compiled extension, imported on first use and always after torch, so both share one libgomp."""
+"""The compiled extension, imported on first use, after torch, so both share one libgomp."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def why_absent() -> str | None:
 
 
 def forced_isa() -> str:
-    """The level demanded by `MICROTOME_CPU_ISA`, or "" for the best; read at every call, passed to every kernel."""
+    """The level demanded by `MICROTOME_CPU_ISA`, "" for the best; read anew at every call."""
     return os.environ.get("MICROTOME_CPU_ISA", "")
 
 
 def isa() -> str:
-    """The instruction-set level in use: generic, avx2, avx512 or amx; never above what the processor has."""
+    """The instruction-set level in use: generic, avx2, avx512 or amx."""
     return str(module().isa_level(forced_isa()))
 
 

@@ -1,4 +1,4 @@
-"""Generators from explicit seeds. No function of microtome reads or moves the global random state."""
+"""Generators from explicit seeds: nothing here reads or moves the global random state."""
 
 import hashlib
 
@@ -10,7 +10,8 @@ def generator(seed: int, *stream: str | int, device: torch.device | str = "cpu")
 
     Args:
         seed: the user's seed, any integer.
-        *stream: names of the use ("shuffle", epoch), so that two uses of one seed never share numbers.
+        *stream: names of the use ("shuffle", epoch), so that two uses of one seed never share
+            numbers.
         device: where the generator lives.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Every error microtome raises on purpose: what was asked, what came, what is allowed, what to do."""
+"""The errors microtome raises on purpose: what was asked, what came, what to do."""
 
 
 class MicrotomeError(Exception):
@@ -26,7 +26,7 @@ class NonFiniteError(MicrotomeError, ValueError):
 
 
 class BackendError(MicrotomeError, RuntimeError):
-    """A demanded backend cannot run these inputs; the message lists every input and every reason."""
+    """A demanded backend cannot run these inputs; the message lists inputs and reasons."""
 
 
 class SiteError(MicrotomeError, KeyError):

@@ -1,16 +1,17 @@
-"""topk_encode: the spec by hand, every backend against float64, the traps that a screen could fall into."""
+"""topk_encode: the spec by hand, every backend against float64, the traps of a screen."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.nn.functional import linear
+
 from microtome import _native
 from microtome.errors import ArgumentError, BackendError, DtypeError, NonFiniteError, ShapeError
 from microtome.ops import screen_weights, topk_encode, use_backend
 from microtome.ops.topk_encode import _encode, top_k
 from microtome.testing import CASES, Case, assert_accurate, backends_of
-from torch.nn.functional import linear
 
 BACKENDS = backends_of(_encode)
 LEVELS = ("generic", "avx2", "avx512", "amx")
@@ -23,7 +24,8 @@ def has_level(level):
 def level_parameters():
     reason = "this processor has no {}"
     return [
-        pytest.param(v, marks=[] if has_level(v) else pytest.mark.skip(reason=reason.format(v))) for v in LEVELS
+        pytest.param(v, marks=[] if has_level(v) else pytest.mark.skip(reason=reason.format(v)))
+        for v in LEVELS
     ]
 
 
@@ -44,7 +46,9 @@ def assert_top_k(values, indices, z, k, slack):
 
 
 def pre_activations(i, dtype=torch.float64):
-    return linear(i["x"].to(dtype) - i["b_dec"].to(dtype), i["W_enc"].to(dtype), i["b_enc"].to(dtype))
+    return linear(
+        i["x"].to(dtype) - i["b_dec"].to(dtype), i["W_enc"].to(dtype), i["b_enc"].to(dtype)
+    )
 
 
 def call(i, k, **options):
@@ -65,7 +69,9 @@ def test_the_reference_gives_the_two_largest_worked_by_hand():
 
 
 def test_ties_go_to_the_lower_index_in_the_reference():
-    values, indices = top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 2.0], [0.0, -0.0, 0.0, -1.0, 0.0, 0.0]]), 4)
+    values, indices = top_k(
+        torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 2.0], [0.0, -0.0, 0.0, -1.0, 0.0, 0.0]]), 4
+    )
     assert indices.tolist() == [[1, 2, 4, 3], [0, 1, 2, 4]]
     assert values.tolist() == [[3.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]
 
@@ -104,7 +110,9 @@ def test_every_instruction_set_returns_the_top_k_at_awkward_feature_counts(level
     assert_top_k(values, indices, pre_activations(i), 5, 1e-4)
 
 
-@pytest.mark.parametrize("level", [p for p in level_parameters() if p.values[0] not in ("generic", "avx2")])
+@pytest.mark.parametrize(
+    "level", [p for p in level_parameters() if p.values[0] not in ("generic", "avx2")]
+)
 def test_instruction_sets_with_fma_give_the_same_bits(level, monkeypatch):
     i = Case("bits", 70, 100, 3000, 16).inputs()
     monkeypatch.setenv("MICROTOME_CPU_ISA", "avx2")
@@ -121,8 +129,15 @@ def test_features_closer_than_the_low_precision_are_told_apart(level, monkeypatc
     g = torch.Generator().manual_seed(0)
     base = torch.randn(64, generator=g)
     # 300 features within 1e-5 of one another: the screen cannot order them, float32 can.
-    W_enc = torch.cat([torch.randn(1500, 64, generator=g) * 0.1, base + 1e-5 * torch.randn(300, 64, generator=g)])
-    x = torch.cat([base.repeat(20, 1) + 0.1 * torch.randn(20, 64, generator=g), torch.randn(13, 64, generator=g)])
+    W_enc = torch.cat(
+        [torch.randn(1500, 64, generator=g) * 0.1, base + 1e-5 * torch.randn(300, 64, generator=g)]
+    )
+    x = torch.cat(
+        [
+            base.repeat(20, 1) + 0.1 * torch.randn(20, 64, generator=g),
+            torch.randn(13, 64, generator=g),
+        ]
+    )
     values, indices, candidates = topk_encode(x, W_enc, k=20)
     assert_top_k(values, indices, linear(x.double(), W_enc.double()), 20, 5e-5)
     assert candidates.max() > 100
@@ -212,7 +227,10 @@ def test_a_row_that_is_not_finite_is_named(backend, bad):
     i = Case("nan", 40, 20, 300, 6).inputs()
     i["x"][17, 3] = bad
     i["x"][5, 0] = bad
-    with use_backend(backend), pytest.raises(NonFiniteError, match=r"x holds NaN or infinity in row 5, 17\."):
+    with (
+        use_backend(backend),
+        pytest.raises(NonFiniteError, match=r"x holds NaN or infinity in row 5, 17\."),
+    ):
         call(i, 6)
 
 
@@ -247,23 +265,38 @@ def test_pre_activations_that_overflow_are_an_error_and_not_an_answer():
 @pytest.mark.parametrize("scale_w", [1e-18, 1e6, 1e15])
 def test_extreme_scales_keep_their_order(scale_x, scale_w):
     g = torch.Generator().manual_seed(2)
-    x, W_enc = torch.randn(9, 40, generator=g) * scale_x, torch.randn(500, 40, generator=g) * scale_w
+    x, W_enc = (
+        torch.randn(9, 40, generator=g) * scale_x,
+        torch.randn(500, 40, generator=g) * scale_w,
+    )
     W_enc *= 10.0 ** torch.randint(-3, 3, (500, 1), generator=g)
     _, indices, _ = topk_encode(x, W_enc, k=7)
     z = linear(x.double(), W_enc.double())
     chosen = z.gather(1, indices.long())
-    torch.testing.assert_close(chosen, z.topk(7).values, atol=1e-4 * float(z.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(
+        chosen, z.topk(7).values, atol=1e-4 * float(z.abs().max()), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("small", "odd", "k_is_f", "dense")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("small", "odd", "k_is_f", "dense")],
+    ids=lambda c: c.name,
+)
 def test_gradients_are_those_of_the_dense_formula(backend, case):
     grads = []
     for dtype, dense in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
-        i = {n: t.to(dtype).requires_grad_() for n, t in case.inputs().items() if n in ("x", "W_enc", "b_enc", "b_dec")}
+        i = {
+            n: t.to(dtype).requires_grad_()
+            for n, t in case.inputs().items()
+            if n in ("x", "W_enc", "b_enc", "b_dec")
+        }
         with use_backend("auto" if dense else backend):
             _, indices, _ = topk_encode(*(t.detach().float() for t in i.values()), k=case.k)
-            values = pre_activations(i, dtype).gather(1, indices.long()) if dense else call(i, case.k)[0]
+            values = (
+                pre_activations(i, dtype).gather(1, indices.long()) if dense else call(i, case.k)[0]
+            )
             weight = torch.linspace(-1, 1, values.numel(), dtype=dtype).view_as(values)
             grads.append(torch.autograd.grad((values * weight).sum(), list(i.values())))
     for name, exact, plain, got in zip(("x", "W_enc", "b_enc", "b_dec"), *grads, strict=True):
@@ -276,14 +309,28 @@ def test_the_op_passes_opcheck(backend):
     screen = screen_weights(i["W_enc"])
     with use_backend(backend):
         for x in (i["x"], i["x"].t().contiguous().t()):
-            args = (x.requires_grad_(), i["W_enc"].requires_grad_(), i["b_enc"], i["b_dec"], 3, "exact")
+            args = (
+                x.requires_grad_(),
+                i["W_enc"].requires_grad_(),
+                i["b_enc"],
+                i["b_dec"],
+                3,
+                "exact",
+            )
             torch.library.opcheck(torch.ops.microtome.topk_encode, (*args, *screen))
-            torch.library.opcheck(torch.ops.microtome.topk_encode, (*args[:2], None, None, 3, "fast", "auto", None, None))
+            torch.library.opcheck(
+                torch.ops.microtome.topk_encode,
+                (*args[:2], None, None, 3, "fast", "auto", None, None),
+            )
 
 
 def test_a_compiled_graph_holds_the_op_whole():
     i = Case("compile", 6, 10, 70, 3).inputs()
-    compiled = torch.compile(lambda x: topk_encode(x, i["W_enc"], i["b_enc"], k=3)[0], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: topk_encode(x, i["W_enc"], i["b_enc"], k=3)[0],
+        fullgraph=True,
+        backend="aot_eager",
+    )
     assert torch.equal(compiled(i["x"]), topk_encode(i["x"], i["W_enc"], i["b_enc"], k=3)[0])
 
 
@@ -291,7 +338,9 @@ def test_autocast_leaves_float32_alone():
     i = Case("autocast", 6, 10, 70, 3).inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16), use_backend("reference"):
         values, _, _ = call(i, 3)
-    torch.testing.assert_close(values.double(), pre_activations(i).topk(3).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        values.double(), pre_activations(i).topk(3).values, atol=1e-5, rtol=0
+    )
 
 
 def test_working_memory_does_not_grow_with_the_number_of_features():
@@ -302,7 +351,8 @@ def test_working_memory_does_not_grow_with_the_number_of_features():
 import resource, torch
 from microtome.ops import topk_encode
 def peak():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(l for l in lines if l.startswith("VmHWM")).split()[1]) / 1024
 x, W = torch.randn(256, 16), torch.randn(1 << 20, 16)
 topk_encode(x, W[:4096], k=32)
 before = peak()
@@ -319,15 +369,21 @@ def test_messages_say_what_came_and_what_is_allowed():
         topk_encode(x, W_enc, k=9)
     with pytest.raises(ArgumentError, match=r"got k=0\."):
         topk_encode(x, W_enc, k=0)
-    with pytest.raises(ShapeError, match=r"W_enc must be \[f, d\] with d=4 as in x, got shape \[8, 5\]"):
+    with pytest.raises(
+        ShapeError, match=r"W_enc must be \[f, d\] with d=4 as in x, got shape \[8, 5\]"
+    ):
         topk_encode(x, torch.randn(8, 5), k=2)
     with pytest.raises(ShapeError, match=r"x must be \[n, d\], got shape \[4\]"):
         topk_encode(x[0], W_enc, k=2)
     with pytest.raises(DtypeError, match="share one dtype, got x float32, W_enc float64"):
         topk_encode(x, W_enc.double(), k=2)
-    with pytest.raises(DtypeError, match="x must be float32, bfloat16, float16, float64, got int64"):
+    with pytest.raises(
+        DtypeError, match="x must be float32, bfloat16, float16, float64, got int64"
+    ):
         topk_encode(x.long(), W_enc, k=2)
-    with pytest.raises(ArgumentError, match="precision must be one of 'exact', 'fast', got 'sloppy'"):
+    with pytest.raises(
+        ArgumentError, match="precision must be one of 'exact', 'fast', got 'sloppy'"
+    ):
         topk_encode(x, W_enc, k=2, precision="sloppy")
 
 

@@ -1,7 +1,7 @@
-"""The one dispatcher: an op is a torch op whose body picks the first backend that can run the inputs.
+"""The one dispatcher: an op is a torch op whose body picks the first backend that can run.
 
-The choice is made inside the opaque body, so an already compiled graph follows `use_backend`. The signature is
-written once, in the reference; the schema, hence every backend, follows it.
+The choice is made inside the opaque body, so an already compiled graph follows `use_backend`. The
+signature is written once, in the reference; the schema, hence every backend, follows it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from microtome.errors import ArgumentError, BackendError
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("microtome", "DEF")
-_demanded: list[str] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
+_demanded: list[
+    str
+] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Backend:
 
     Attributes:
         name: "cuda", "triton", "cpu" or "reference".
-        impl: "package.module:function", imported on first use; takes the op's arguments, all by position.
-        why_not: takes the same arguments; None when it can run them, else the reason in a few words.
+        impl: "package.module:function", imported on first use; takes the op's arguments, all by
+            position.
+        why_not: takes the same arguments; None when it can run them, else the reason in a few
+            words.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Backend:
 
 
 def unavailable(name: str) -> str | None:
-    """None when a backend exists on this machine, else why not. Says nothing about particular inputs."""
+    """None when a backend exists on this machine, else why not."""
     if name == "cpu":
         return _native.why_absent()
     if name in ("cuda", "triton"):
@@ -66,7 +70,9 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def why_not_common(backend: str, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> str | None:
+def why_not_common(
+    backend: str, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]
+) -> str | None:
     """The reasons every native backend shares: absent, wrong device, wrong floating dtype."""
     reason = unavailable(backend)
     if reason:
@@ -107,7 +113,9 @@ class Op:
         qualified = f"microtome::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_LIB)
         if backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
+            torch.library.register_autograd(
+                qualified, backward, setup_context=setup_context, lib=_LIB
+            )
         self.torch_op = getattr(torch.ops.microtome, self.name).default
         OPS[self.name] = self
 
@@ -124,8 +132,12 @@ class Op:
         for backend in self.backends:
             if demanded in (None, backend.name) and backend.why_not(*args) is None:
                 return backend
-        msg = f"{self.name}: backend {demanded!r} was demanded but cannot run here.\n{self.explain(*args)}"
-        raise BackendError(f'{msg}\nDemand another with use_backend("reference"), or none to let microtome choose.')
+        why = self.explain(*args)
+        msg = (
+            f"{self.name}: backend {demanded!r} was demanded but cannot run here.\n{why}\n"
+            'Demand another with use_backend("reference"), or none to let microtome choose.'
+        )
+        raise BackendError(msg)
 
     def explain(self, *args: Any) -> str:
         """Every input with its shape, dtype and device, and what each backend says to it."""
@@ -139,7 +151,9 @@ class Op:
         lines.append("because" if demanded_backend() else "backends, in order of choice")
         known = {b.name: b for b in self.backends}
         for backend in NAMES:
-            reason = known[backend].why_not(*args) if backend in known else "not written for this op"
+            reason = (
+                known[backend].why_not(*args) if backend in known else "not written for this op"
+            )
             lines.append(f"  {backend}: {reason or 'can run it'}")
         return "\n".join(lines)
 
@@ -159,16 +173,18 @@ def demanded_backend() -> str | None:
     if name in ("", "auto"):
         return None
     if name not in NAMES:
-        msg = f"use_backend: no backend {name!r}; choose one of {', '.join(map(repr, NAMES))} or 'auto'."
+        known = ", ".join(map(repr, NAMES))
+        msg = f"use_backend: no backend {name!r}; choose one of {known} or 'auto'."
         raise ArgumentError(msg)
     return name
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Demand one backend ("cuda", "triton", "cpu", "reference") for all ops inside the block; "auto" lifts a demand.
+    """Demand one backend for all ops inside the block.
 
-    Process-wide, like `torch.set_num_threads`. An op that the backend cannot run raises BackendError.
+    `name` is "cuda", "triton", "cpu" or "reference"; "auto" lifts a demand. Process-wide, like
+    `torch.set_num_threads`. An op that the backend cannot run raises BackendError.
 
     Example:
         >>> import microtome as mt
@@ -184,10 +200,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def info() -> dict[str, str]:
-    """Each backend and either 'available' or the reason why not. Raises where MICROTOME_REQUIRE names a missing one."""
+    """Each backend and 'available' or why not; raises where MICROTOME_REQUIRE's are missing."""
     report = {name: unavailable(name) or "available" for name in NAMES}
     required = [name for name in os.environ.get("MICROTOME_REQUIRE", "").split(",") if name]
-    missing = [f"{name}: {report.get(name, 'no such backend')}" for name in required if report.get(name) != "available"]
+    missing = [
+        f"{name}: {report.get(name, 'no such backend')}"
+        for name in required
+        if report.get(name) != "available"
+    ]
     if missing:
-        raise BackendError("MICROTOME_REQUIRE names backends that are missing. " + "; ".join(missing))
+        raise BackendError(
+            "MICROTOME_REQUIRE names backends that are missing. " + "; ".join(missing)
+        )
     return report

@@ -24,10 +24,12 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the k largest pre-activations of every row without forming all of them.
 
-        z = (x - b_dec) W_enc^T + b_enc;  values[i], indices[i] = top k of z[i], value descending, index ascending
+        z = (x - b_dec) W_enc^T + b_enc
+        values[i], indices[i] = top k of z[i], value descending, index ascending
 
-    Low precision (bf16 tiles or 16-bit integers) rules out the features that provably cannot be among the k; the
-    few that remain are computed in float32. So the answer is that of the float32 product.
+    Low precision (bf16 tiles or 16-bit integers) rules out the features that provably cannot be
+    among the k; the few that remain are computed in float32. So the answer is that of the float32
+    product.
 
     Args:
         x: [n, d] float32, bfloat16, float16 or float64. Activations.
@@ -35,16 +37,18 @@ def topk_encode(
         b_enc: [f], or None for zero.
         b_dec: [d] subtracted from x first, or None.
         k: how many, 1 <= k <= f.
-        precision: "exact", or "fast": the k best by the low-precision scores, whose values are then computed in
-            float32. "fast" may miss a feature whose value is within the rounding of the low precision (bf16: about
-            0.4 % of |x||w|) of the k-th; a backend that does not screen answers exactly.
-        screen: what `screen_weights(W_enc)` returned for these very weights, so that the call need not build it.
+        precision: "exact", or "fast": the k best by the low-precision scores, whose values are then
+            computed in float32. "fast" may miss a feature whose value is within the rounding of the
+            low precision (bf16: about 0.4 % of |x||w|) of the k-th; a backend that does not screen
+            answers exactly.
+        screen: what `screen_weights(W_enc)` returned for these very weights, so that the call need
+            not build it.
 
     Returns:
-        values [n, k] in x's dtype (pre-activations: apply the ReLU yourself), accumulated in float32;
+        values [n, k] in x's dtype, accumulated in float32 (pre-activations: the ReLU is yours);
         indices [n, k] int32;
-        candidates [n] int32, the certificate: how many features of the row were computed in float32. f means that
-        the row was computed whole.
+        candidates [n] int32, the certificate: how many features of the row were computed in
+        float32. f means that the row was computed whole.
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
@@ -52,17 +56,21 @@ def topk_encode(
         NonFiniteError: x, W_enc or b_enc holds NaN or infinity; the message names the rows.
         BackendError: a demanded backend cannot run these inputs.
 
-    Differentiable in x, W_enc, b_enc, b_dec (through the k selected features). Deterministic; ties go to the lower
-    index. Cost: one low-precision product, plus about 2 k float32 dot products a row. Source: docs/exactness.md.
+    Differentiable in x, W_enc, b_enc, b_dec (through the k selected features). Deterministic; ties
+    go to the lower index. Cost: one low-precision product, plus about 2 k float32 dot products a
+    row. Source: docs/exactness.md.
 
     Example:
         >>> import torch
-        >>> values, indices, _ = topk_encode(torch.eye(2), torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 2.0]]), k=1)
+        >>> W_enc = torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 2.0]])
+        >>> values, indices, _ = topk_encode(torch.eye(2), W_enc, k=1)
         >>> values.tolist(), indices.tolist()
         ([[3.0], [2.0]], [[1], [1]])
     """
     op = "topk_encode"
-    sizes = _check.shapes(op, x=(x, "n d"), W_enc=(W_enc, "f d"), b_enc=(b_enc, "f"), b_dec=(b_dec, "d"))
+    sizes = _check.shapes(
+        op, x=(x, "n d"), W_enc=(W_enc, "f d"), b_enc=(b_enc, "f"), b_dec=(b_dec, "d")
+    )
     _check.dtype(op, _check.FLOATS, x=x)
     _check.same_dtype(op, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     _check.device(op, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
@@ -74,10 +82,11 @@ def topk_encode(
 
 
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, value descending, index ascending. torch.topk leaves the order of ties open."""
+    """The k largest of every row, value descending, index ascending (torch.topk: any)."""
     values, indices = torch.topk(z, k, dim=-1)
     last = values[:, -1:]  # [n, 1]
-    split = ((z == last).sum(-1) != (values == last).sum(-1)).nonzero().flatten()  # a tie crosses the border
+    # rows in which a tie crosses the border
+    split = ((z == last).sum(-1) != (values == last).sum(-1)).nonzero().flatten()
     if split.numel():
         sorted_values, sorted_indices = torch.sort(z[split], dim=-1, descending=True, stable=True)
         values[split], indices[split] = sorted_values[:, :k], sorted_indices[:, :k]
@@ -107,9 +116,15 @@ def topk_encode_reference(
         _check.finite_rows("topk_encode", "b_dec", b_dec[None])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     centred = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
-    z = torch.nn.functional.linear(centred, W_enc.to(wide), None if b_enc is None else b_enc.to(wide))
+    z = torch.nn.functional.linear(
+        centred, W_enc.to(wide), None if b_enc is None else b_enc.to(wide)
+    )
     if n == 0:
-        return x.new_empty(0, k), torch.empty(0, k, dtype=torch.int32, device=x.device), _counts(x, f)
+        return (
+            x.new_empty(0, k),
+            torch.empty(0, k, dtype=torch.int32, device=x.device),
+            _counts(x, f),
+        )
     values, indices = top_k(z, k)
     return values.to(x.dtype), indices.int(), _counts(x, f)
 
@@ -142,14 +157,29 @@ def _cpu(
     screen = [_native.address(shadow), _native.address(stats), stride(d)]
     outputs = [t.data_ptr() for t in (values, indices, candidates)]
     bad_row, bad_feature = native.topk_encode(
-        x.data_ptr(), x.stride(0), *inputs, n, d, f, k, precision == "fast", *screen, *outputs, forced, _native.threads()
+        x.data_ptr(),
+        x.stride(0),
+        *inputs,
+        n,
+        d,
+        f,
+        k,
+        precision == "fast",
+        *screen,
+        *outputs,
+        forced,
+        _native.threads(),
     )
     if bad_feature >= 0:
         name = "W_enc" if b_enc is None or bool(torch.isfinite(b_enc[bad_feature])) else "b_enc"
         _check.rows("topk_encode", name, torch.tensor([bad_feature]))
     if bad_row >= 0:
         bad = (~torch.isfinite(x)).any(-1).nonzero().flatten()
-        _check.rows("topk_encode", "x" if bad.numel() else "x W_enc^T", bad if bad.numel() else torch.tensor([bad_row]))
+        _check.rows(
+            "topk_encode",
+            "x" if bad.numel() else "x W_enc^T",
+            bad if bad.numel() else torch.tensor([bad_row]),
+        )
     return values, indices, candidates
 
 

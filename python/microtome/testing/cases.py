@@ -20,9 +20,9 @@ class Case:
         d: model width.
         f: features.
         k: active per row.
-        kind: "gaussian"; "ties" (small integers, duplicate features); "dense" (feature 0 fires on every row);
-            "massive" (two coordinates 1000 times the rest, as in real residual streams); "strided" (x and W_dec are
-            views with a stride).
+        kind: "gaussian"; "ties" (small integers, duplicate features); "dense" (feature 0 fires on
+            every row); "massive" (two coordinates 1000 times the rest, as in real residual
+            streams); "strided" (x and W_dec are views with a stride).
     """
 
     name: str
@@ -33,9 +33,10 @@ class Case:
     kind: str = "gaussian"
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-        """x [n, d], W_enc [f, d], b_enc [f], W_dec [f, d] of unit rows, b_dec [d], values [n, k], indices [n, k].
+        """x [n, d], W_enc, b_enc, W_dec of unit rows, b_dec, values [n, k], indices [n, k].
 
-        The code is a valid one: indices differ within a row, values are not negative and some are zero.
+        The code is a valid one: indices differ within a row, values are not negative and some are
+        zero.
         """
         g = generator(seed, self.name)
         n, d, f, k = self.n, self.d, self.f, self.k
@@ -50,14 +51,25 @@ class Case:
         if self.kind == "massive":
             x[:, : min(2, d)] *= 1000.0
         W_dec = torch.nn.functional.normalize(torch.randn(f, d, generator=g), dim=1)
-        indices = torch.argsort(torch.rand(n, f, generator=g), dim=1)[:, :k] if n else torch.empty(0, k).long()
+        indices = (
+            torch.argsort(torch.rand(n, f, generator=g), dim=1)[:, :k]
+            if n
+            else torch.empty(0, k).long()
+        )
         if self.kind == "dense" and n:
             indices[:, 0] = torch.where((indices == 0).any(1), indices[:, 0], 0)
         values = torch.randn(n, k, generator=g).relu()
         if self.kind == "strided":
             x = torch.cat([x, x], dim=1)[:, ::2].contiguous().repeat_interleave(2, dim=1)[:, ::2]
             W_dec = W_dec.t().contiguous().t()
-        floats = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "values": values}
+        floats = {
+            "x": x,
+            "W_enc": W_enc,
+            "b_enc": b_enc,
+            "W_dec": W_dec,
+            "b_dec": b_dec,
+            "values": values,
+        }
         return {**{name: t.to(dtype) for name, t in floats.items()}, "indices": indices}
 
 

@@ -1,4 +1,4 @@
-"""The accuracy rule: a backend's error against float64 is at most twice that of plain PyTorch at the same dtype."""
+"""The accuracy rule: at most twice plain PyTorch's error against float64, at the same dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def max_error(got: Tensor, exact: Tensor) -> float:
     return float(difference.max())
 
 
-def assert_accurate(got: Tensor, plain: Tensor, exact: Tensor, what: str = "output", factor: float = 2.0) -> None:
+def assert_accurate(
+    got: Tensor, plain: Tensor, exact: Tensor, what: str = "output", factor: float = 2.0
+) -> None:
     """Assert that `got` is at most `factor` times as far from `exact` as `plain` is.
 
     Args:
@@ -29,16 +31,21 @@ def assert_accurate(got: Tensor, plain: Tensor, exact: Tensor, what: str = "outp
         what: name for the message.
         factor: 2 unless a test says why not.
     """
-    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    assert got.shape == exact.shape, (
+        f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    )
     assert got.dtype == plain.dtype, f"{what}: dtype {got.dtype}, expected {plain.dtype}"
-    # One ulp of the largest entry: plain PyTorch is now and then exact where no rounding was needed.
+    # One ulp of the largest entry: plain PyTorch is now and then exact where no rounding was
+    # needed.
     floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
     error, allowed = max_error(got, exact), factor * max_error(plain, exact) + floor
-    assert error <= allowed, f"{what}: error {error:.3e} against float64, plain PyTorch allows {allowed:.3e}"
+    assert error <= allowed, (
+        f"{what}: error {error:.3e} against float64, plain PyTorch allows {allowed:.3e}"
+    )
 
 
 def backends_of(op: _registry.Op) -> list[object]:
-    """pytest parameters: every backend of an op, those absent here marked to be skipped with the reason.
+    """Pytest parameters: every backend of an op, those absent here skipped with the reason.
 
     A backend that MICROTOME_REQUIRE names is never skipped: its absence is a failure.
     """
@@ -46,7 +53,11 @@ def backends_of(op: _registry.Op) -> list[object]:
     parameters: list[object] = []
     for backend in op.backends:
         reason = _registry.unavailable(backend.name)
-        here = backend.name != "triton" or os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+        here = (
+            backend.name != "triton"
+            or os.environ.get("TRITON_INTERPRET") == "1"
+            or torch.cuda.is_available()
+        )
         marks = [pytest.mark.triton] if backend.name == "triton" else []
         if reason and (backend.name not in required or not here):
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
