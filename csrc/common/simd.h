@@ -93,14 +93,22 @@ inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 constexpr int kParts = 16 / kWidth;  // vectors that hold the sixteen lanes
 
-// Fold the sixteen lanes of a sum in one fixed order.
+// Fold the sixteen lanes in one fixed order: lane j takes lane j + 8, then j + 4, j + 2, j + 1.
 inline float fold(const vf (&lanes)[kParts]) {
-    alignas(64) float s[16];
-    for (int p = 0; p < kParts; ++p) store(s + p * kWidth, lanes[p]);
-    for (int half = 8; half; half /= 2) {
-        for (int j = 0; j < half; ++j) s[j] += s[j + half];
-    }
-    return s[0];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes[0]), _mm512_extractf32x8_ps(lanes[0], 1));
+#else
+    const __m256 eight = _mm256_add_ps(lanes[0], lanes[1]);
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    const vf eight[2] = {lanes[0] + lanes[2], lanes[1] + lanes[3]};
+    const vf four = eight[0] + eight[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
 }
 
 // <a, b> over d elements, in the order defined above.
