@@ -106,10 +106,10 @@ class Pass {
                 if (screened_ && !a_.shadow) {
 #pragma omp for schedule(static)
                     for (int64_t f = start; f < stop; ++f) {
-                        kernels_.screen_row(a_.weights + f * a_.d, a_.d, a_.stride, kernels_.kind,
-                                            cold_shadow_.get() + (f - start) * a_.stride,
-                                            cold_stats_.data() + (f - start) * 4);
-                        if (!std::isfinite(cold_stats_[(f - start) * 4 + 1])) weights_bad_ = true;
+                        const bool finite = kernels_.screen_row(a_.weights + f * a_.d, a_.d, a_.stride, kernels_.kind,
+                                                                cold_shadow_.get() + (f - start) * a_.stride,
+                                                                cold_stats_.data() + (f - start) * 4);
+                        if (!finite) weights_bad_ = true;
                     }
                 }
                 for (int64_t t = omp_get_thread_num(); t < workers * slices_; t += team) {
@@ -352,7 +352,9 @@ void topk_encode(const TopkArguments& a, Isa isa) {
     const TopkKernels& kernels = kernels_for(isa);
     *a.bad_row = *a.bad_feature = -1;
     for (int64_t f = 0; f < a.f; ++f) {
-        if ((a.bias && !std::isfinite(a.bias[f])) || (a.shadow && !std::isfinite(a.stats[f * 4 + 1]))) {
+        // The norm of a finite row may overflow too; such a feature is screened with an infinite bound.
+        const bool suspect = a.shadow && !std::isfinite(a.stats[f * 4 + 1]);
+        if ((a.bias && !std::isfinite(a.bias[f])) || (suspect && !all_finite(a.weights + f * a.d, a.d))) {
             *a.bad_feature = f;
             return;
         }

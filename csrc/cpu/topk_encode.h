@@ -56,7 +56,7 @@ struct TopkKernels {
     int kind;               // code of the shadow it needs: 0 bf16, 1 q15
     ScreenFunction exact;   // float32 for every feature
     RescoreFunction rescore;
-    void (*screen_row)(const float* w, int64_t d, int64_t stride, int kind, int16_t* shadow, float* stats);
+    bool (*screen_row)(const float* w, int64_t d, int64_t stride, int kind, int16_t* shadow, float* stats);
 };
 
 extern const TopkKernels topk_generic, topk_avx2, topk_avx512, topk_amx;

@@ -1,0 +1,30 @@
+// The C++ tests: what Python cannot see, which is every read and write past a buffer (`make sanitize`), and every
+// instruction set in one process. The numbers themselves are tested from Python, in tests/ops.
+#include "check.h"
+
+namespace microtome::test {
+
+#define EACH_TEST(X)                                    \
+    X(topk_encode_answers_every_shape_at_every_level)   \
+    X(topk_encode_tells_near_ties_apart_at_every_level) \
+    X(topk_encode_computes_overflowing_rows_whole)      \
+    X(topk_encode_keeps_few_candidates_on_gaussian_rows) \
+    X(topk_encode_names_what_is_not_finite)
+
+#define DECLARE(name) void name();
+EACH_TEST(DECLARE)
+#undef DECLARE
+
+}  // namespace microtome::test
+
+int main() {
+    std::printf("best level: %s\n", microtome::isa_name(microtome::best_isa()));
+#define RUN(name)              \
+    std::printf(#name "\n");   \
+    std::fflush(stdout);       \
+    microtome::test::name();
+    using namespace microtome::test;
+    EACH_TEST(RUN)
+    std::printf(failures ? "%d CHECKs failed\n" : "all passed\n", failures);
+    return failures != 0;
+}
