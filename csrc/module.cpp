@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "cpu/sae_update.h"
+#include "cpu/screen_weights.h"
 #include "cpu/topk_encode.h"
 
 namespace py = pybind11;
@@ -36,8 +38,8 @@ std::pair<int64_t, int64_t> bind_topk_encode(Address x, int64_t x_stride, Addres
 }  // namespace
 
 PYBIND11_MODULE(_native_ext, m) {
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
     m.def("isa_level", [](const std::string& forced) { return isa_name(isa_from_name(forced.c_str())); });
-    m.def("topk_encode", &bind_topk_encode, py::call_guard<py::gil_scoped_release>());
     m.def("screen_kind", [](const std::string& forced) { return cpu::screen_kind(isa_from_name(forced.c_str())); });
     m.def("has_cuda", [] {
 #if defined(MICROTOME_CUDA)
@@ -46,4 +48,7 @@ PYBIND11_MODULE(_native_ext, m) {
         return false;
 #endif
     });
+    m.def("sae_update", &cpu::sae_update, nogil);
+    m.def("screen_weights", &cpu::screen_weights, nogil);
+    m.def("topk_encode", &bind_topk_encode, nogil);
 }

@@ -2,14 +2,17 @@
 
 from microtome.ops._registry import info, use_backend
 from microtome.ops.sae_loss import sae_loss
-from microtome.ops.sae_update import sae_update
+from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
 from microtome.ops.sparse_decode import sparse_decode
 from microtome.ops.topk_encode import topk_encode
 
 __all__ = [
+    "Code",
     "Screen",
+    "UpdateRule",
     "info",
+    "moments_for",
     "sae_loss",
     "sae_update",
     "screen_weights",

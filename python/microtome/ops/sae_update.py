@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 
 import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops._registry import Backend, Op, why_not_common
-from microtome.ops.screen_weights import Screen
+from microtome.ops._sae_update_inputs import OPTIMIZERS, Code, Params, UpdateRule, moments_for
+from microtome.ops.screen_weights import KINDS, Screen
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "signsgd")
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """How parameters move, given their gradient.
-
-    Attributes:
-        optimizer: "adam", "adamw" (decoupled decay), "sgd" (momentum is beta1, 0 for none, as torch.optim.SGD) or
-            "signsgd" (sign of the gradient, or of the momentum m = beta1 m + (1 - beta1) g when beta1 > 0).
-        lr: step size.
-        beta1: Adam's first decay, or the momentum.
-        beta2: Adam's second decay.
-        eps: Adam's epsilon.
-        weight_decay: L2 for adam and sgd (added to the gradient), decoupled for adamw and signsgd. Acts on W_enc and
-            W_dec, not on biases.
-        rowsparse: leave rows that no code touched, and their moments, as they are (torch.optim.SparseAdam's
-            semantics: another algorithm than Adam, opt-in).
-        project: remove from each decoder row's gradient its component along the row.
-        renorm: scale each decoder row to length 1 after the step.
-    """
-
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    rowsparse: bool = False
-    project: bool = True
-    renorm: bool = True
-
-
-@dataclass
-class Code:
-    """One sparse code of a step with what its gradients need.
-
-    Attributes:
-        indices: [n, k] int32 or int64.
-        values: [n, k] activations after the ReLU.
-        grad_values: [n, k] gradient of the values, zero where the value is zero.
-        grad_out: [n, d] gradient of this code's reconstruction.
-        scale: every gradient of this code is multiplied by it (1 / total variance, say).
-    """
-
-    indices: Tensor
-    values: Tensor
-    grad_values: Tensor
-    grad_out: Tensor
-    scale: float = 1.0
+__all__ = ["OPTIMIZERS", "Code", "UpdateRule", "apply_rule", "moments_for", "sae_update"]
 
 
 def sae_update(
     code: Code,
     x: Tensor,
-    params: tuple[Tensor, Tensor, Tensor, Tensor],
+    params: Params,
     moments: list[Tensor | None],
     rule: UpdateRule,
     step: int,
@@ -101,71 +54,32 @@ def sae_update(
         fired [f] int32: entries of the main code with a value above zero, per feature.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, ArgumentError: inputs do not agree; nothing has been changed.
+        ShapeError, DtypeError, DeviceError, ArgumentError: inputs do not agree; nothing has been
+            changed.
+        NonFiniteError: an input holds NaN or infinity; nothing has been changed. Or, with a screen
+            only, the step itself took a row of W_enc beyond float32; the parameters have moved.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic for any thread count: entries are sorted by latent, long segments are summed in
     fixed chunks. Reads and writes each parameter and moment once. Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et
     al. 2024, arXiv:2406.04093.
     """
-    op = "sae_update"
-    W_enc, b_enc, W_dec, b_dec = params
-    sizes = _check.shapes(
-        op,
-        x=(x, "n d"),
-        indices=(code.indices, "n k"),
-        values=(code.values, "n k"),
-        grad_values=(code.grad_values, "n k"),
-        grad_out=(code.grad_out, "n d"),
-        W_enc=(W_enc, "f d"),
-        b_enc=(b_enc, "f"),
-        W_dec=(W_dec, "f d"),
-        b_dec=(b_dec, "d"),
-        aux_indices=(aux.indices if aux else None, "n a"),
-        aux_values=(aux.values if aux else None, "n a"),
-        aux_grad_values=(aux.grad_values if aux else None, "n a"),
-        aux_grad_out=(aux.grad_out if aux else None, "n d"),
-    )
-    wide = (torch.float32, torch.float64)
-    _check.dtype(op, wide, x=x)
-    _check.same_dtype(op, x=x, values=code.values, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
-    _check.device(op, x=x, indices=code.indices, W_enc=W_enc, W_dec=W_dec)
-    _check.one_of(op, "optimizer", rule.optimizer, OPTIMIZERS)
-    _check.between(op, "step", step, 1, 2**62)
-    _check.index_range(op, code.indices, sizes["f"])
-    if aux is not None:
-        _check.index_range(op, aux.indices, sizes["f"])
-    for name, tensor in zip(("W_enc", "b_enc", "W_dec", "b_dec"), params, strict=True):
-        if not tensor.is_contiguous():
-            msg = f"{op}: {name} is updated in place and must be contiguous; pass {name}.contiguous()."
-            raise _check.ArgumentError(msg)
-    expected = [t is not None for t in moments_for(params, rule, meta=True)]
-    if [m is not None for m in moments] != expected or len(moments) != 8:
-        msg = f"{op}: moments do not fit optimizer {rule.optimizer!r}; make them with moments_for(params, rule)."
-        raise _check.ArgumentError(msg)
+    sizes = inputs.check_shapes(code, x, params, aux)
+    inputs.check_types(code, x, params, aux)
+    inputs.check_rule(rule, step)
+    inputs.check_state(params, moments, rule, screen)
+    if not torch.compiler.is_compiling():
+        inputs.check_contents(code, x, aux, sizes["f"])
     fired: Tensor = _update(
         code.indices, code.values, code.grad_values, code.grad_out, code.scale,
-        *((aux.indices, aux.values, aux.grad_values, aux.grad_out, aux.scale) if aux else (None,) * 4 + (0.0,)),
-        x, W_enc, b_enc, W_dec, b_dec, *moments,
+        *((aux.indices, aux.values, aux.grad_values, aux.grad_out, aux.scale)
+          if aux else (None,) * 4 + (0.0,)),
+        x, *params, *moments,
         *((screen.kind, screen.shadow, screen.stats) if screen else ("", None, None)),
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, step,
         rule.rowsparse, rule.project, rule.renorm, center,
     )  # fmt: skip
     return fired
-
-
-def moments_for(
-    params: tuple[Tensor, Tensor, Tensor, Tensor], rule: UpdateRule, *, meta: bool = False
-) -> list[Tensor | None]:
-    """Zeroed optimizer state for `sae_update`: eight entries, None where the rule keeps none."""
-    adam = rule.optimizer in ("adam", "adamw")
-    first, second = adam or rule.beta1 > 0, adam
-    device = "meta" if meta else None
-    moments: list[Tensor | None] = []
-    for p in params:
-        moments.append(torch.zeros_like(p, device=device) if first else None)
-        moments.append(torch.zeros_like(p, device=device) if second else None)
-    return moments
 
 
 def apply_rule(
@@ -206,7 +120,11 @@ def sae_update_reference(
 ) -> Tensor:  # fmt: skip
     """Dense gradients by index_add, then the rule on every tensor."""
     f = W_enc.shape[0]
-    dW_enc, dW_dec, db_enc = torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)
+    dW_enc, dW_dec, db_enc = (
+        torch.zeros_like(W_enc),
+        torch.zeros_like(W_dec),
+        torch.zeros_like(b_enc),
+    )
     touched = torch.zeros(f, dtype=torch.bool, device=x.device)
     codes = [(indices, values, grad_values, grad_out, scale)]
     if aux_indices is not None:
@@ -262,4 +180,57 @@ def _fake(indices: Tensor, *args: object) -> Tensor:
     return torch.empty(W_enc.shape[0], dtype=torch.int32, device=indices.device)
 
 
-_update = Op(sae_update_reference, fake=_fake, mutates=_MUTATED)
+def sae_update_cpu(
+    indices: Tensor, values: Tensor, grad_values: Tensor, grad_out: Tensor, scale: float,
+    aux_indices: Tensor | None, aux_values: Tensor | None, aux_grad_values: Tensor | None,
+    aux_grad_out: Tensor | None, aux_scale: float,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+    *rest: Tensor | str | float | None,
+) -> Tensor:  # fmt: skip
+    """One pass in C++, csrc/cpu/sae_update.cpp."""
+    moments, (kind, shadow, stats, *rule) = rest[:8], rest[8:]
+    n, k = indices.shape
+    f, d = W_enc.shape
+    fired = torch.empty(f, dtype=torch.int32)
+    packed: list[Tensor] = []  # copies live until the kernel is done
+
+    def address(tensor: Tensor | str | float | None) -> int:
+        if not isinstance(tensor, Tensor):
+            return 0
+        packed.append(tensor.contiguous())
+        return packed[-1].data_ptr()
+
+    def addresses(idx: Tensor | None, *others: Tensor | None) -> tuple[int, ...]:
+        return (address(idx), idx.element_size() if idx is not None else 4, *map(address, others))
+
+    bad = _native.module().sae_update(
+        n, d, f, k, *addresses(indices, values, grad_values, grad_out), scale,
+        0 if aux_indices is None else aux_indices.shape[1],
+        *addresses(aux_indices, aux_values, aux_grad_values, aux_grad_out), aux_scale,
+        *map(address, (x, W_enc, b_enc, W_dec, b_dec, *moments)),
+        KINDS.index(kind) if isinstance(shadow, Tensor) else -1,
+        shadow.shape[1] if isinstance(shadow, Tensor) else 0, address(shadow), address(stats),
+        *rule, fired.data_ptr(), os.environ.get("MICROTOME_CPU_ISA", ""), _native.threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        _check.rows("sae_update", "W_enc", (~torch.isfinite(W_enc)).any(-1).nonzero().flatten())
+    return fired
+
+
+def _why_not_cpu(*args: object) -> str | None:
+    reason = why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
+    x, W_enc = args[10], args[11]
+    if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
+        return reason
+    (n, d), f = x.shape, W_enc.shape[0]
+    if not (0 < d < 2**24 and 0 < f < 2**31 - 1 and n < 2**31):
+        return f"n={n}, d={d}, f={f} (needs 0 < d < 2^24, 0 < f < 2^31 - 1, n < 2^31)"
+    return None
+
+
+_update = Op(
+    sae_update_reference,
+    fake=_fake,
+    backends=[Backend("cpu", "microtome.ops.sae_update:sae_update_cpu", _why_not_cpu)],
+    mutates=_MUTATED,
+)

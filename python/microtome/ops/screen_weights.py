@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,9 @@ def screen_weights_reference(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     shadow[:, :d] = codes
     up = 1 + 2**-20
     error = (wide - rounded).norm(dim=1)
-    stats = torch.stack([scale, (norm * up).float(), (error * up).float(), torch.zeros_like(scale)], dim=1)
+    stats = torch.stack(
+        [scale, (norm * up).float(), (error * up).float(), torch.zeros_like(scale)], dim=1
+    )
     return shadow, stats
 
 
@@ -99,4 +102,30 @@ def _fake(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return W_enc.new_empty(f, stride(d), dtype=torch.int16), W_enc.new_empty(f, 4)
 
 
-_screen = Op(screen_weights_reference, fake=_fake)
+def screen_weights_cpu(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Row by row in C++, csrc/cpu/screen_row.h."""
+    W_enc = W_enc.contiguous()
+    f, d = W_enc.shape
+    shadow, stats = _fake(W_enc, kind)
+    finite = _native.module().screen_weights(
+        W_enc.data_ptr(), f, d, shadow.shape[1], KINDS.index(kind), shadow.data_ptr(),
+        stats.data_ptr(), os.environ.get("MICROTOME_CPU_ISA", ""), _native.threads(),
+    )  # fmt: skip
+    if not finite:
+        bad = (~torch.isfinite(W_enc)).any(-1).nonzero().flatten()
+        _check.rows("screen_weights", "W_enc", bad)
+    return shadow, stats
+
+
+def _why_not_cpu(W_enc: Tensor, kind: str) -> str | None:
+    reason = why_not_common("cpu", [W_enc], (torch.float32,))
+    if not reason and W_enc.shape[1] >= 2**24:
+        return f"d={W_enc.shape[1]} (needs d < 2^24)"
+    return reason
+
+
+_screen = Op(
+    screen_weights_reference,
+    fake=_fake,
+    backends=[Backend("cpu", "microtome.ops.screen_weights:screen_weights_cpu", _why_not_cpu)],
+)

@@ -1,0 +1,187 @@
+"""What `sae_update` takes, and the checks that run before it changes anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from microtome import _check
+from microtome.errors import ArgumentError
+from microtome.ops.screen_weights import KINDS, Screen, stride
+
+Params: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+OPTIMIZERS = ("adam", "adamw", "sgd", "signsgd")
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How parameters move, given their gradient.
+
+    Attributes:
+        optimizer: "adam", "adamw" (decoupled decay), "sgd" (momentum is beta1, 0 for none, as torch.optim.SGD) or
+            "signsgd" (sign of the gradient, or of the momentum m = beta1 m + (1 - beta1) g when beta1 > 0).
+        lr: step size.
+        beta1: Adam's first decay, or the momentum.
+        beta2: Adam's second decay.
+        eps: Adam's epsilon.
+        weight_decay: L2 for adam and sgd (added to the gradient), decoupled for adamw and signsgd. Acts on W_enc and
+            W_dec, not on biases.
+        rowsparse: leave rows that no code touched, and their moments, as they are (torch.optim.SparseAdam's
+            semantics: another algorithm than Adam, opt-in).
+        project: remove from each decoder row's gradient its component along the row.
+        renorm: scale each decoder row to length 1 after the step.
+    """
+
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    rowsparse: bool = False
+    project: bool = True
+    renorm: bool = True
+
+
+@dataclass
+class Code:
+    """One sparse code of a step with what its gradients need.
+
+    Attributes:
+        indices: [n, k] int32 or int64.
+        values: [n, k] activations after the ReLU.
+        grad_values: [n, k] gradient of the values, zero where the value is zero.
+        grad_out: [n, d] gradient of this code's reconstruction.
+        scale: every gradient of this code is multiplied by it (1 / total variance, say).
+    """
+
+    indices: Tensor
+    values: Tensor
+    grad_values: Tensor
+    grad_out: Tensor
+    scale: float = 1.0
+
+
+def moments_for(
+    params: tuple[Tensor, Tensor, Tensor, Tensor], rule: UpdateRule, *, meta: bool = False
+) -> list[Tensor | None]:
+    """Zeroed optimizer state for `sae_update`: eight entries, None where the rule keeps none."""
+    adam = rule.optimizer in ("adam", "adamw")
+    first, second = adam or rule.beta1 > 0, adam
+    device = "meta" if meta else None
+    moments: list[Tensor | None] = []
+    for p in params:
+        moments.append(torch.zeros_like(p, device=device) if first else None)
+        moments.append(torch.zeros_like(p, device=device) if second else None)
+    return moments
+
+
+def check_shapes(code: Code, x: Tensor, params: Params, aux: Code | None) -> dict[str, int]:
+    tensors = {
+        "x": (x, "n d"),
+        **{
+            name: (p, shape)
+            for name, p, shape in zip(_NAMES, params, ("f d", "f", "f d", "d"), strict=True)
+        },
+    }
+    for prefix, c, k in (("", code, "k"), ("aux_", aux, "a")):
+        if c is not None:
+            tensors |= {
+                f"{prefix}indices": (c.indices, f"n {k}"),
+                f"{prefix}values": (c.values, f"n {k}"),
+                f"{prefix}grad_values": (c.grad_values, f"n {k}"),
+                f"{prefix}grad_out": (c.grad_out, "n d"),
+            }
+    return _check.shapes("sae_update", **tensors)
+
+
+def check_types(code: Code, x: Tensor, params: Params, aux: Code | None) -> None:
+    op = "sae_update"
+    floats = {"x": x, **dict(zip(_NAMES, params, strict=True))}
+    indices = {"indices": code.indices}
+    for prefix, c in (("", code), ("aux_", aux)):
+        if c is not None:
+            floats |= {f"{prefix}values": c.values, f"{prefix}grad_values": c.grad_values}
+            floats[f"{prefix}grad_out"] = c.grad_out
+            indices[f"{prefix}indices"] = c.indices
+    _check.dtype(op, (torch.float32, torch.float64), x=x)
+    _check.same_dtype(op, **floats)
+    _check.dtype(op, _check.INDICES, **indices)
+    _check.device(op, **floats, **indices)
+
+
+def check_rule(rule: UpdateRule, step: int) -> None:
+    op = "sae_update"
+    _check.one_of(op, "optimizer", rule.optimizer, OPTIMIZERS)
+    _check.between(op, "step", step, 1, 2**62)
+    for name in ("lr", "eps", "weight_decay"):
+        value = getattr(rule, name)
+        if not 0 <= value < math.inf:
+            msg = f"{op}: {name} must be a finite number of at least 0, got {name}={value}."
+            raise ArgumentError(msg)
+    for name in ("beta1", "beta2"):
+        value = getattr(rule, name)
+        if not 0 <= value < 1:
+            msg = f"{op}: {name} must be at least 0 and below 1, got {name}={value}."
+            raise ArgumentError(msg)
+
+
+def check_state(
+    params: Params, moments: list[Tensor | None], rule: UpdateRule, screen: Screen | None
+) -> None:
+    """What is updated in place must be laid out as the kernels take it."""
+    op = "sae_update"
+    for name, p in zip(_NAMES, params, strict=True):
+        if not p.is_contiguous():
+            msg = f"{op}: {name} is updated in place and must be contiguous; pass {name}.contiguous()."
+            raise ArgumentError(msg)
+    expected = moments_for(params, rule, meta=True)
+    fits = len(moments) == 8 and all(
+        m is e is None
+        or (m is not None and e is not None and m.shape == e.shape and m.dtype == e.dtype
+            and m.device == x.device and m.is_contiguous())
+        for m, e, x in zip(moments, expected, (p for p in params for _ in range(2)), strict=True)
+    )  # fmt: skip
+    if not fits:
+        msg = (
+            f"{op}: moments do not fit optimizer {rule.optimizer!r}; "
+            "make them with moments_for(params, rule)."
+        )
+        raise ArgumentError(msg)
+    if screen is not None:
+        W_enc = params[0]
+        f, d = W_enc.shape
+        _check.one_of(op, "screen.kind", screen.kind, KINDS)
+        _check.dtype(op, (torch.float32,), W_enc=W_enc)
+        _check.device(op, W_enc=W_enc, shadow=screen.shadow, stats=screen.stats)
+        shadow, stats = screen.shadow, screen.stats
+        if (
+            (shadow.shape, shadow.dtype, stats.shape, stats.dtype)
+            != ((f, stride(d)), torch.int16, (f, 4), torch.float32)
+            or not (shadow.is_contiguous() and stats.is_contiguous())
+        ):  # fmt: skip
+            msg = (
+                f"{op}: screen does not belong to W_enc {list(W_enc.shape)}: shadow "
+                f"{list(shadow.shape)}, stats {list(stats.shape)}. Make it with screen_weights(W_enc)."
+            )
+            raise ArgumentError(msg)
+
+
+def check_contents(code: Code, x: Tensor, aux: Code | None, f: int) -> None:
+    """Indices in range and numbers finite: one NaN here would spread over every parameter."""
+    op = "sae_update"
+    _check.finite_rows(op, "x", x)
+    for prefix, c in (("", code), ("aux_", aux)):
+        if c is not None:
+            _check.index_range(op, c.indices, f)
+            _check.finite_rows(op, f"{prefix}values", c.values)
+            _check.finite_rows(op, f"{prefix}grad_values", c.grad_values)
+            _check.finite_rows(op, f"{prefix}grad_out", c.grad_out)
+            if not math.isfinite(c.scale):
+                msg = f"{op}: scale must be finite, got scale={c.scale}."
+                raise ArgumentError(msg)
