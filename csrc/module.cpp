@@ -9,6 +9,8 @@
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
 #include "cpu/topk_encode.h"
+#include "cpu/sae_loss.h"
+#include "cpu/sparse_decode.h"
 
 namespace py = pybind11;
 using namespace microtome;
@@ -51,4 +53,8 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("sae_update", &cpu::sae_update, nogil);
     m.def("screen_weights", &cpu::screen_weights, nogil);
     m.def("topk_encode", &bind_topk_encode, nogil);
+    m.def("sparse_decode", &cpu::sparse_decode, nogil);
+    m.def("sparse_decode_grad_values", &cpu::sparse_decode_grad_values, nogil);
+    m.def("sparse_decode_grad_W_dec", &cpu::sparse_decode_grad_W_dec, nogil);
+    m.def("sae_loss", &cpu::sae_loss, nogil);
 }

@@ -1,13 +1,15 @@
-// Entries of a sparse code grouped by the latent they belong to.
+// Entries grouped by latent: the order in which gradients of [f, d] parameters are summed without atomics.
 #pragma once
 
 #include <cstdint>
 
 namespace microtome {
 
-// Stable counting sort of m keys in [0, f). order[offsets[g] .. offsets[g + 1]) are the positions of the entries with
-// key g, ascending. order holds m and offsets f + 1 numbers. Any thread count gives the same answer. Scratch: at most
-// 8 (m + f) bytes.
+// Positions 0..m-1 stably sorted by key, and the f + 1 starts of each key's positions. Keys lie in [0, f).
+// The answer does not depend on `threads`. Extra memory: at most f + max(f, m) counters.
 void sort_by_latent(const int32_t* keys, int64_t m, int64_t f, int64_t* order, int64_t* offsets, int threads);
+
+// The first position whose index lies outside [0, f), or -1.
+int64_t first_outside(const int32_t* indices, int64_t m, int64_t f);
 
 }  // namespace microtome

@@ -13,8 +13,26 @@
 #include <immintrin.h>
 #endif
 
+#include "common/dtype.h"
+
 namespace microtome {
 namespace {
+
+// bfloat16 is widened exactly and narrowed to nearest, ties to even; NaN becomes 0x7fc0. Integer arithmetic on every
+// level, because the processor's own conversion flushes subnormals.
+inline float widen(float a) { return a; }
+inline float widen(bf16 a) {
+    const uint32_t bits = static_cast<uint32_t>(a) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+inline void narrow(float a, float* out) { *out = a; }
+inline void narrow(float a, bf16* out) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    *out = a != a ? bf16{0x7fc0} : static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 #if defined(__AVX512F__)
 
@@ -35,6 +53,18 @@ inline vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline unsigned not_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+inline vf widen16(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+inline __m256i narrow16(vf a) {
+    const __m512i bits = _mm512_castps_si512(a), one = _mm512_set1_epi32(1);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline vf load(const bf16* p) { return widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(a)); }
+inline vf load_n(const bf16* p, int64_t n) { return widen16(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline void store_n(bf16* p, vf a, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow16(a)); }
 
 #elif defined(__AVX2__)
 
@@ -59,6 +89,19 @@ inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline unsigned not_less(vf a, vf b) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+}
+inline vf load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline void store(bf16* p, vf a) {
+    const __m256i bits = _mm256_castps_si256(a), one = _mm256_set1_epi32(1);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i out = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 }
 
 #else
@@ -88,14 +131,31 @@ inline vf sqrt(vf a) {
 }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // two roundings: the generic level's bits differ
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf load(const bf16* p) { return vf{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline void store(bf16* p, vf a) {
+    for (int j = 0; j < kWidth; ++j) narrow(a[j], p + j);
+}
 
+#endif
+
+#if !defined(__AVX512F__)
+inline vf load_n(const bf16* p, int64_t n) {
+    bf16 whole[kWidth] = {};
+    std::memcpy(whole, p, static_cast<size_t>(n) * sizeof(bf16));
+    return load(whole);
+}
+inline void store_n(bf16* p, vf a, int64_t n) {
+    bf16 whole[kWidth];
+    store(whole, a);
+    std::memcpy(p, whole, static_cast<size_t>(n) * sizeof(bf16));
+}
 #endif
 
 constexpr int kParts = 16 / kWidth;  // vectors that hold the sixteen lanes
 
-// Fold the sixteen lanes in one fixed order: lane j takes lane j + 8, then j + 4, j + 2, j + 1.
-inline float fold(const vf (&lanes)[kParts]) {
+// Fold the sixteen lanes of a sum in one fixed order.
 #if defined(__AVX2__)
+inline float fold(const vf (&lanes)[kParts]) {
 #if defined(__AVX512F__)
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes[0]), _mm512_extractf32x8_ps(lanes[0], 1));
 #else
@@ -104,12 +164,17 @@ inline float fold(const vf (&lanes)[kParts]) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-    const vf eight[2] = {lanes[0] + lanes[2], lanes[1] + lanes[3]};
-    const vf four = eight[0] + eight[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-#endif
 }
+#else
+inline float fold(const vf (&lanes)[kParts]) {
+    float s[16];
+    for (int p = 0; p < kParts; ++p) store(s + p * kWidth, lanes[p]);
+    for (int half = 8; half; half /= 2) {
+        for (int j = 0; j < half; ++j) s[j] += s[j + half];
+    }
+    return s[0];
+}
+#endif
 
 // <a, b> over d elements, in the order defined above.
 inline float dot(const float* a, const float* b, int64_t d) {

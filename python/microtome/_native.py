@@ -8,6 +8,9 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from microtome.errors import ArgumentError
 
 LEVELS = ("generic", "avx2", "avx512", "amx")
 
@@ -44,11 +47,25 @@ def isa() -> str:
     return str(module().isa_level(forced_isa()))
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's data lies, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def threads() -> int:
     """Threads a kernel may use. OpenMP's own count is per Python thread, torch's is not."""
     return torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements lie, 0 for None. The caller keeps the tensor alive, and contiguous."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def int32(indices: Tensor, f: int) -> Tensor:
+    """Contiguous int32 indices; an int64 index that int32 cannot hold stays outside [0, f)."""
+    if indices.dtype == torch.int64:
+        indices = indices.clamp(-1, f)
+    return indices.to(torch.int32).contiguous()
+
+
+def raise_outside(op: str, indices: Tensor, f: int, position: int) -> None:
+    """Raise ArgumentError for the flat position that a kernel found outside [0, f); -1 is none."""
+    if position >= 0:
+        msg = f"{op}: indices must lie in [0, f={f}), got {int(indices.flatten()[position])}."
+        raise ArgumentError(msg)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from microtome import _check, _native
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op
+from microtome.ops.sparse_decode import why_not_code
 
 
 def sae_loss(
@@ -109,4 +112,31 @@ def _fake(
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape), x.new_empty(values.shape)
 
 
-_loss = Op(sae_loss_reference, fake=_fake, backward=_backward, setup_context=_setup_context)
+def _cpu_loss(
+    x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n, k), (f, d) = values.shape, W_dec.shape
+    x, values, W_dec = x.contiguous(), values.contiguous(), W_dec.contiguous()
+    b_dec = None if b_dec is None else b_dec.contiguous()
+    codes = _native.int32(indices, f)
+    sse = torch.empty(n, dtype=torch.float32)
+    grad_out, grad_values = torch.empty(n, d, dtype=x.dtype), torch.empty(n, k, dtype=x.dtype)
+    tensors = (x, values, codes, W_dec, b_dec, sse, grad_out, grad_values)
+    pointers = [_native.address(t) for t in tensors]
+    half = x.dtype == torch.bfloat16
+    bad = _native.module().sae_loss(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    _native.raise_outside("sae_loss", indices, f, bad)
+    return sse, grad_out, grad_values
+
+
+def _why_not(backend: str, x: Tensor, *code: Tensor | None) -> str | None:
+    return why_not_code(backend, *code, x)
+
+
+_loss = Op(
+    sae_loss_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu_loss", partial(_why_not, "cpu"))],
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -98,22 +100,73 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tup
     )
 
 
-def _why_not(backend: str, *tensors: Tensor | None) -> str | None:
+def why_not_code(backend: str, *args: object) -> str | None:
+    """Why a backend cannot take a sparse code and its weights: the common reasons, or mixed dtypes, or a huge f."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    if len(dtypes) > 1:
+        return "dtypes differ: " + ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+    f = max((a for a in args if isinstance(a, int)), default=tensors[2].shape[0])
+    if f >= 2**31:
+        return f"f={f} (has f below 2**31)"
     return why_not_common(backend, tensors, _FLOATS)
 
 
-_KERNEL = "microtome.kernels.sparse_decode:"
+def _cpu_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    (n, k), (f, d) = values.shape, W_dec.shape
+    values, W_dec = values.contiguous(), W_dec.contiguous()
+    b_dec = None if b_dec is None else b_dec.contiguous()
+    codes = _native.int32(indices, f)
+    out = torch.empty(n, d, dtype=values.dtype)
+    pointers = [_native.address(t) for t in (values, codes, W_dec, b_dec, out)]
+    half = values.dtype == torch.bfloat16
+    bad = _native.module().sparse_decode(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    _native.raise_outside("sparse_decode", indices, f, bad)
+    return out
+
+
+def _cpu_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    (n, k), (f, d) = indices.shape, W_dec.shape
+    grad_out, W_dec = grad_out.contiguous(), W_dec.contiguous()
+    codes = _native.int32(indices, f)
+    out = torch.empty(n, k, dtype=grad_out.dtype)
+    pointers = [_native.address(t) for t in (grad_out, codes, W_dec, out)]
+    half = grad_out.dtype == torch.bfloat16
+    bad = _native.module().sparse_decode_grad_values(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    _native.raise_outside("sparse_decode_grad_values", indices, f, bad)
+    return out
+
+
+def _cpu_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -> Tensor:
+    (n, k), d = indices.shape, grad_out.shape[1]
+    values, grad_out = values.contiguous(), grad_out.contiguous()
+    codes = _native.int32(indices, f)
+    out = torch.empty(f, d, dtype=values.dtype)
+    pointers = [_native.address(t) for t in (values, codes, grad_out, out)]
+    half = values.dtype == torch.bfloat16
+    bad = _native.module().sparse_decode_grad_W_dec(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    _native.raise_outside("sparse_decode_grad_W_dec", indices, f, bad)
+    return out
+
+
+def _cpu(function: str) -> list[Backend]:
+    return [Backend("cpu", f"{__name__}:{function}", partial(why_not_code, "cpu"))]
+
+
 _grad_values = Op(
     sparse_decode_grad_values_reference,
     fake=lambda grad_out, indices, W_dec: grad_out.new_empty(indices.shape),
+    backends=_cpu("_cpu_grad_values"),
 )
 _grad_W_dec = Op(
     sparse_decode_grad_W_dec_reference,
     fake=lambda values, indices, grad_out, f: values.new_empty(f, grad_out.shape[1]),
+    backends=_cpu("_cpu_grad_W_dec"),
 )
 _decode = Op(
     sparse_decode_reference,
     fake=lambda values, indices, W_dec, b_dec: values.new_empty(values.shape[0], W_dec.shape[1]),
+    backends=_cpu("_cpu_decode"),
     backward=_backward,
     setup_context=_setup_context,
 )
