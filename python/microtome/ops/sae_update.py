@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 
 import torch
 from torch import Tensor
@@ -210,7 +209,7 @@ def sae_update_cpu(
         *map(address, (x, W_enc, b_enc, W_dec, b_dec, *moments)),
         KINDS.index(kind) if isinstance(shadow, Tensor) else -1,
         shadow.shape[1] if isinstance(shadow, Tensor) else 0, address(shadow), address(stats),
-        *rule, fired.data_ptr(), os.environ.get("MICROTOME_CPU_ISA", ""), _native.threads(),
+        *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
     )  # fmt: skip
     if bad >= 0:
         _check.rows("sae_update", "W_enc", (~torch.isfinite(W_enc)).any(-1).nonzero().flatten())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -109,7 +108,7 @@ def screen_weights_cpu(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     shadow, stats = _fake(W_enc, kind)
     finite = _native.module().screen_weights(
         W_enc.data_ptr(), f, d, shadow.shape[1], KINDS.index(kind), shadow.data_ptr(),
-        stats.data_ptr(), os.environ.get("MICROTOME_CPU_ISA", ""), _native.threads(),
+        stats.data_ptr(), _native.forced_isa(), _native.threads(),
     )  # fmt: skip
     if not finite:
         bad = (~torch.isfinite(W_enc)).any(-1).nonzero().flatten()
