@@ -143,5 +143,5 @@ def _with_output(output: Any, new: Tensor) -> Any:
         changed[next(iter(output))] = new
         return changed
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return output._replace(**{output._fields[0]: new})
+        return type(output)(new, *output[1:])
     return type(output)((new, *output[1:]))

@@ -76,9 +76,8 @@ def tokenise(tokenizer: Any, text: str, context_length: int, n_tokens: int) -> T
 
     Example:
         >>> from microtome.models import ByteTokenizer
-        >>> tokenise(ByteTokenizer(), "abcdef", context_length=2, n_tokens=5)
-        tensor([[97, 98],
-                [99, 100]])
+        >>> tokenise(ByteTokenizer(), "abcdef", context_length=2, n_tokens=5).tolist()
+        [[97, 98], [99, 100]]
     """
     _check.between("tokenise", "context_length", context_length, 1, 1 << 30)
     _check.between("tokenise", "n_tokens", n_tokens, context_length, 1 << 62)
