@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,15 @@ from microtome.testing import families
 pytest.importorskip("transformers", reason="transformers is not installed")
 LAYERS, WIDTH, HEADS = families.LAYERS, families.WIDTH, families.HEADS
 PARALLEL = {"gpt_neox"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on many threads, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=families.MODELS, scope="module")
@@ -90,7 +101,7 @@ def test_splicing_the_identity_changes_no_bit_and_zero_does(named):
     tokens = families.tokens()
     with torch.no_grad():
         clean = model(input_ids=tokens).logits
-        for site in sites(model):
+        for site in (site for site in sites(model) if site.endswith(".1")):
             with splice(model, site, lambda x: x.clone()):
                 assert torch.equal(model(input_ids=tokens).logits, clean), site
             with splice(model, site, torch.zeros_like):
