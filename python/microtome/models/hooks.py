@@ -1,0 +1,147 @@
+"""Reading and replacing one site of a model through forward hooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from microtome.errors import SiteError
+from microtome.models.sites import Site
+
+# Reads the activation; returns a replacement of the same shape, or None to leave it.
+Visit = Callable[[Tensor], Tensor | None]
+
+
+def attach(
+    op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool
+) -> list[RemovableHandle]:
+    """Call `visit` on the activation at `site` in every forward.
+
+    Args:
+        op: name for messages.
+        model: the model that holds `site`.
+        site: from `sites.resolve`.
+        visit: called with the activation, [b, t, h, d_head] where the site has heads.
+        replace: whether `visit` may return a replacement.
+
+    Returns:
+        Handles; the caller removes every one.
+    """
+    module = model.get_submodule(site.path)
+    visit = _by_head(site, visit)
+    if replace and site.skip is not None:
+        return _attach_stream(op, model, site, visit)
+    if site.at_input:
+
+        def before(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, Any] | None:
+            new = visit(_input(op, site, args, kwargs))
+            return None if new is None else _with_input(args, kwargs, new)
+
+        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = visit(_output(op, site.path, output))
+        return None if new is None else _with_output(output, new)
+
+    return [module.register_forward_hook(after)]
+
+
+def _attach_stream(op: str, model: nn.Module, site: Site, visit: Visit) -> list[RemovableHandle]:
+    """Replace a residual stream that is read both by a norm and by the addition after it.
+
+    The block computes stream + added; with the stream replaced at the norm's input, its output
+    becomes new stream + added: the same sum in the same precision, so that the identity changes no
+    bit.
+    """
+    assert site.skip is not None
+    block, adds = site.skip
+    held: dict[str, Tensor] = {}
+
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        old = _input(op, site, args, kwargs)
+        new = visit(old)
+        held["stream"] = old if new is None else new
+        return _with_input(args, kwargs, held["stream"])
+
+    def added(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        held["added"] = _output(op, adds, output)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _with_output(output, held.pop("stream") + held.pop("added"))
+
+    return [
+        model.get_submodule(site.path).register_forward_pre_hook(before, with_kwargs=True),
+        model.get_submodule(adds).register_forward_hook(added),
+        model.get_submodule(block).register_forward_hook(after),
+    ]
+
+
+def _by_head(site: Site, visit: Visit) -> Visit:
+    """Wrap `visit` so that it sees [b, t, h, d_head] where the model has [b, t, h * d_head]."""
+    if site.d_head is None:
+        return visit
+    d_head = site.d_head
+
+    def visit_heads(flat: Tensor) -> Tensor | None:
+        new = visit(flat.unflatten(-1, (-1, d_head)))
+        return None if new is None else new.flatten(-2)
+
+    return visit_heads
+
+
+def _input(op: str, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor a module was called with."""
+    found = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    if found is None:
+        msg = (
+            f"{op}: the input of {site.path!r} holds no tensor. Name a module that is called with "
+            "one."
+        )
+        raise SiteError(msg)
+    return found
+
+
+def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[Any, Any]:
+    """The arguments with their first tensor replaced."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:i], new, *args[i + 1 :]), kwargs
+    key = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+    return args, {**kwargs, key: new}
+
+
+def _output(op: str, path: str, output: Any) -> Tensor:
+    """A module's output, or the first entry of a tuple or mapping."""
+    first = output
+    if isinstance(output, Mapping):
+        first = next(iter(output.values()), None)
+    elif isinstance(output, (tuple, list)):
+        first = output[0] if output else None
+    if not isinstance(first, Tensor):
+        msg = (
+            f"{op}: the output of {path!r} is a {type(output).__name__} that does not begin with "
+            "a tensor. Name a module inside it."
+        )
+        raise SiteError(msg)
+    return first
+
+
+def _with_output(output: Any, new: Tensor) -> Any:
+    """A module's output with its (first) tensor replaced."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed[next(iter(output))] = new
+        return changed
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(new, *output[1:])
+    return type(output)((new, *output[1:]))

@@ -1,0 +1,134 @@
+"""Tiny models of every known family, random weights from a config: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 50
+
+
+def _llama_like(config: str, model: str, **extra: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        settings = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pad_token_id": 0,
+            **extra,
+        }
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+    return make
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=24, n_layer=3, n_head=4, n_positions=16)
+    )
+
+
+def _gpt_neox(parallel: bool) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                intermediate_size=40,
+                use_parallel_residual=parallel,
+            )
+        )
+
+    return make
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def _gemma3_with_images() -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {"image_token_index": 49, "boi_token_index": 47, "eoi_token_index": 48}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": _gpt2,
+    "llama": _llama_like("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": _llama_like("MistralConfig", "MistralForCausalLM"),
+    "smollm3": _llama_like("SmolLM3Config", "SmolLM3ForCausalLM"),
+    "qwen2": _llama_like("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": _llama_like("Qwen3Config", "Qwen3ForCausalLM"),
+    "gemma": _llama_like("GemmaConfig", "GemmaForCausalLM"),
+    "gemma2": _llama_like("Gemma2Config", "Gemma2ForCausalLM"),
+    "gemma3": _llama_like("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "gemma3_with_images": _gemma3_with_images,
+    "gpt_neox": _gpt_neox(parallel=True),
+    "gpt_neox_sequential": _gpt_neox(parallel=False),
+    "bert": _bert,
+}
+LAYERS, WIDTH, HEADS = 3, 24, 4
+
+
+def build(name: str) -> nn.Module:
+    """The model in eval mode, with norms and biases away from their neutral start."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(5.0)
+    return model
+
+
+def tokens(b: int = 3, t: int = 7) -> Tensor:
+    """[b, t] ids from 1 on: 0 is padding."""
+    return torch.randint(1, VOCABULARY - 4, (b, t), generator=torch.Generator().manual_seed(1))
