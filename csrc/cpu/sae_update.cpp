@@ -13,7 +13,7 @@
 namespace microtome::cpu {
 namespace {
 
-constexpr int64_t kRows = 64;  // rows of grad_out summed in one go
+constexpr int64_t kRows = 16;  // rows of grad_out summed in one go
 
 template <class T>
 T* at(uintptr_t address) {
@@ -210,7 +210,7 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
     }
 
     // Fixed blocks of features, whoever takes them: the encoder's part of b_dec's gradient adds up the same way.
-    const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(256, f / 16));
+    const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(256, f / 4));
     std::vector<float> encoder_parts(static_cast<size_t>(blocks * d));
     std::vector<int64_t> bad(static_cast<size_t>(blocks), -1);
 #pragma omp parallel num_threads(threads)

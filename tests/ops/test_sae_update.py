@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,6 @@ from microtome import _native
 from microtome._seed import generator
 from microtome.ops import (
     Code,
-    Screen,
     UpdateRule,
     moments_for,
     sae_update,
@@ -25,6 +23,8 @@ from microtome.ops.screen_weights import KINDS
 from microtome.testing import CASES, Case, assert_accurate, backends_of
 
 on_every_backend = pytest.mark.parametrize("backend", backends_of(_update))
+# The reference is the measure of accuracy, so it is not measured.
+on_native_backends = pytest.mark.parametrize("backend", backends_of(_update)[:-1])
 needs_extension = pytest.mark.skipif(
     _native.why_absent() is not None, reason="the extension is absent"
 )
@@ -167,7 +167,7 @@ def test_gradients_are_those_of_autograd_on_the_loss(center: bool, with_aux: boo
     g = generator(0, "autograd")
     n, d, f, k, a = 12, 7, 20, 4, 3
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    x, leaves = draw(n, d), [draw(f, d), 0.1 * draw(f), draw(f, d), draw(d)]
+    x, leaves = draw(n, d), [draw(f, d), draw(f) - 5, draw(f, d), draw(d)]
     for leaf in leaves:
         leaf.requires_grad_()
     W_enc, b_enc, W_dec, b_dec = leaves
@@ -202,26 +202,25 @@ def test_gradients_are_those_of_autograd_on_the_loss(center: bool, with_aux: boo
     for name, leaf, moved, grad in zip(NAMES, leaves, params, wanted, strict=True):
         torch.testing.assert_close(leaf.detach() - moved, grad, rtol=1e-9, atol=1e-9, msg=name)
     assert bool((values == 0).any())
-    if with_aux:
-        only_aux = dead & (torch.bincount(top.indices.flatten(), minlength=f) == 0)
-        reached = wanted[0][
-            only_aux & (torch.bincount(dead_top.indices.flatten(), minlength=f) > 0)
-        ]
-        assert len(reached) == 0 or bool((reached.abs().amax(1) > 0).all())
-        without = torch.autograd.grad(
-            0.25 * (dead_hat.detach() - target).square().sum() + 0 * pre.sum(), [W_enc]
-        )[0]
-        assert without.abs().max() == 0
-        assert (leaves[0].detach() - params[0])[dead].abs().max() > 0
+    if with_aux:  # some features got their whole gradient from the aux code
+        fires = lambda v, i: torch.bincount(i[v > 0], minlength=f) > 0  # noqa: E731
+        only = fires(dead_values, dead_top.indices) & ~fires(values, top.indices)
+        assert bool(only.any())
+        assert bool(((leaves[0].detach() - params[0])[only].abs().amax(1) > 0).all())
 
 
-@on_every_backend
+@on_native_backends
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_errors_are_at_most_twice_those_of_plain_pytorch(
     backend: str, optimizer: str, case: Case
 ) -> None:
-    for rowsparse, both, aux in itertools.product((False, True), repeat=3):
+    for rowsparse, both, aux in (
+        (False, True, False),
+        (False, False, True),
+        (True, True, True),
+        (True, False, False),
+    ):
         # At d=1 the projected gradient is zero but for rounding, and a sign is not a number.
         project = both and case.d > 1
         rule = UpdateRule(
@@ -235,7 +234,7 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(
         assert_right(case, rule, backend, aux=aux)
 
 
-@on_every_backend
+@on_native_backends
 @pytest.mark.parametrize("optimizer", ["sgd", "signsgd"])
 def test_no_momentum_keeps_no_moments(backend: str, optimizer: str) -> None:
     rule = UpdateRule(optimizer, lr=0.01, beta1=0.0)
@@ -243,13 +242,13 @@ def test_no_momentum_keeps_no_moments(backend: str, optimizer: str) -> None:
     assert_right(CASES[3], rule, backend)
 
 
-@on_every_backend
+@on_native_backends
 def test_a_latent_on_every_one_of_3000_rows_is_summed_well(backend: str) -> None:
     case = Case("long", 3000, 20, 8, 2, "dense")
     assert_right(case, UpdateRule("sgd", lr=0.01), backend, aux=True)
 
 
-@on_every_backend
+@on_native_backends
 def test_repeated_indices_in_a_row_add_up(backend: str) -> None:
     def repeated(dtype: torch.dtype) -> Problem:
         p = problem(CASES[2], UpdateRule("sgd", lr=0.1), dtype)
@@ -258,7 +257,7 @@ def test_repeated_indices_in_a_row_add_up(backend: str) -> None:
 
     got = repeated(torch.float32).step(backend)
     plain, exact = (repeated(t).step("reference") for t in (torch.float32, torch.float64))
-    assert int(got["fired"][3]) == int((repeated(torch.float32).code.values > 0).sum())
+    assert int(got.pop("fired")[3]) == int((repeated(torch.float32).code.values > 0).sum())
     for name in got:
         assert_accurate(got[name], plain[name], exact[name], name)
 
@@ -363,7 +362,8 @@ def test_parameters_that_require_grad_and_strided_inputs_are_taken(backend: str)
     odd.code.grad_out = odd.code.grad_out.t().contiguous().t()
     odd.code.indices = odd.code.indices.int().t().contiguous().t()
     wanted, got = plain.step(backend), odd.step(backend)
-    assert all(torch.equal(got[name], t) for name, t in wanted.items())
+    for name, t in wanted.items():
+        torch.testing.assert_close(got[name].detach(), t, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @on_every_backend
@@ -381,12 +381,3 @@ def test_opcheck(backend: str) -> None:
     )  # fmt: skip
     with use_backend(backend):
         torch.library.opcheck(torch.ops.microtome.sae_update.default, arguments)
-
-
-def test_a_screen_of_another_matrix_is_refused() -> None:
-    p = problem(CASES[2], UpdateRule())
-    other = Screen("q15", torch.zeros(32, 32, dtype=torch.int16), torch.zeros(31, 4))
-    with pytest.raises(
-        ValueError, match=r"^sae_update: screen does not belong to W_enc \[32, 16\]"
-    ):
-        p.step("auto", screen=other)

@@ -113,7 +113,6 @@ def apply_rule(
         p.sub_(grad.sign(), alpha=lr)
 
 
-@torch.no_grad()  # parameters may be leaves that require grad
 def sae_update_reference(
     indices: Tensor, values: Tensor, grad_values: Tensor, grad_out: Tensor, scale: float,
     aux_indices: Tensor | None, aux_values: Tensor | None, aux_grad_values: Tensor | None,
@@ -127,6 +126,8 @@ def sae_update_reference(
 ) -> Tensor:  # fmt: skip
     """Dense gradients by index_add, then the rule on every tensor."""
     f = W_enc.shape[0]
+    # Parameters may be leaves that require grad.
+    W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (W_enc, b_enc, W_dec, b_dec))
     dW_enc, dW_dec, db_enc = (
         torch.zeros_like(W_enc),
         torch.zeros_like(W_dec),
