@@ -9,7 +9,8 @@ namespace microtome {
 
 void sort_by_latent(const int32_t* keys, int64_t m, int64_t f, int64_t* order, int64_t* offsets, int threads) {
     // One histogram a part: parts times f stays below m + f, and a part has enough keys to pay for its histogram.
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, 1 + m / std::max<int64_t>(f, 1), 1 + m / 16384}));
+    const int64_t parts =
+        std::max<int64_t>(1, std::min<int64_t>({threads, 1 + m / std::max<int64_t>(f, 1), 1 + m / 16384}));
     std::vector<int64_t> next(static_cast<size_t>(parts * f), 0);
     const auto begin = [&](int64_t part) { return m * part / parts; };
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)

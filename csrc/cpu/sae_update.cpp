@@ -105,7 +105,8 @@ void sort_entries(const Source (&sources)[2], int64_t n, int64_t f, std::vector<
     }
 }
 
-// The segments of more than kChunk entries, summed chunk by chunk, so that a latent of every row keeps all threads busy.
+// The segments of more than kChunk entries, summed chunk by chunk, so that a latent of every row keeps all threads
+// busy.
 void sum_long_segments(Pass& a, int64_t f, const SaeUpdateKernels& kernels, std::vector<int32_t>& partial,
                        std::vector<float>& partials, int threads) {
     std::vector<int64_t> begins, counts;
@@ -219,8 +220,8 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
         std::vector<float> scratch(static_cast<size_t>(2 * d));
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < blocks; ++b) {
-            bad[static_cast<size_t>(b)] = kernels.update_features(
-                pass, f * b / blocks, f * (b + 1) / blocks, encoder_parts.data() + b * d, scratch.data());
+            bad[static_cast<size_t>(b)] = kernels.update_features(pass, f * b / blocks, f * (b + 1) / blocks,
+                                                                  encoder_parts.data() + b * d, scratch.data());
         }
     }
 

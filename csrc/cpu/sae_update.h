@@ -39,9 +39,9 @@ struct Pass {
     const float* x;
     const float* grad_out[2];
     const Entry* entries;
-    const int64_t* offsets;   // [f + 1]
-    const int32_t* partial;   // [f]: first partial sum of a long segment; null without one
-    const float* partials;    // [., 2, d]
+    const int64_t* offsets;  // [f + 1]
+    const int32_t* partial;  // [f]: first partial sum of a long segment; null without one
+    const float* partials;   // [., 2, d]
     float *W_enc, *b_enc, *W_dec;
     Moments enc, bias, dec;
     float* db_enc;  // [f]

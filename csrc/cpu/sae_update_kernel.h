@@ -31,8 +31,14 @@ struct Adam {
     static constexpr bool kFirst = true, kSecond = true;
     vf l2, shrink, rest1, beta2, rest2, correction, eps, lr;
     explicit Adam(const Step& s)
-        : l2(set1(s.l2)), shrink(set1(s.shrink)), rest1(set1(s.rest1)), beta2(set1(s.beta2)), rest2(set1(s.rest2)),
-          correction(set1(s.inverse_correction)), eps(set1(s.eps)), lr(set1(-s.lr)) {}
+        : l2(set1(s.l2)),
+          shrink(set1(s.shrink)),
+          rest1(set1(s.rest1)),
+          beta2(set1(s.beta2)),
+          rest2(set1(s.rest2)),
+          correction(set1(s.inverse_correction)),
+          eps(set1(s.eps)),
+          lr(set1(-s.lr)) {}
     vf operator()(vf p, vf g, vf& m, vf& v) const {
         g = fma(l2, p, g);
         m = fma(rest1, sub(g, m), m);
@@ -104,10 +110,14 @@ inline void add_entries(const Pass& a, const Entry* e, float* dec, float* enc) {
 template <bool kFresh>
 inline void add_up_to_four(const Pass& a, const Entry* e, int64_t count, float* dec, float* enc) {
     switch (count) {
-        case 1: return add_entries<1, kFresh>(a, e, dec, enc);
-        case 2: return add_entries<2, kFresh>(a, e, dec, enc);
-        case 3: return add_entries<3, kFresh>(a, e, dec, enc);
-        default: return add_entries<4, kFresh>(a, e, dec, enc);
+        case 1:
+            return add_entries<1, kFresh>(a, e, dec, enc);
+        case 2:
+            return add_entries<2, kFresh>(a, e, dec, enc);
+        case 3:
+            return add_entries<3, kFresh>(a, e, dec, enc);
+        default:
+            return add_entries<4, kFresh>(a, e, dec, enc);
     }
 }
 
@@ -272,7 +282,8 @@ int64_t update_features_with(const Pass& a, int64_t begin, int64_t end, float* e
         const bool last = g + 1 == end;
         update_encoder_row(a, rule, g, a.db_enc[g], enc, encoder_part, ahead_of_encoder(a, g, last));
         if (a.kind >= 0 &&
-            !screen_row(a.W_enc + g * a.d, a.d, a.stride, a.kind, a.shadow + g * a.stride, a.stats + g * 4) && bad < 0) {
+            !screen_row(a.W_enc + g * a.d, a.d, a.stride, a.kind, a.shadow + g * a.stride, a.stats + g * 4) &&
+            bad < 0) {
             bad = g;
         }
         update_decoder_row(a, rule, g, dec, ahead_of_decoder(a, g, last));
@@ -287,7 +298,8 @@ int64_t update_features_with(const Pass& a, int64_t begin, int64_t end, float* e
 int64_t update_features(const Pass& a, int64_t begin, int64_t end, float* encoder_part, float* scratch) {
     const bool momentum = a.enc.m != nullptr;
     switch (a.weights.rule) {
-        case Rule::kAdam: return update_features_with<Adam>(a, begin, end, encoder_part, scratch);
+        case Rule::kAdam:
+            return update_features_with<Adam>(a, begin, end, encoder_part, scratch);
         case Rule::kSgd:
             return momentum ? update_features_with<Sgd<true>>(a, begin, end, encoder_part, scratch)
                             : update_features_with<Sgd<false>>(a, begin, end, encoder_part, scratch);
@@ -299,7 +311,8 @@ int64_t update_features(const Pass& a, int64_t begin, int64_t end, float* encode
 
 void update_vector(const Step& s, float* p, const float* grad, Moments state, int64_t count) {
     switch (s.rule) {
-        case Rule::kAdam: return update_vector_with<Adam>(s, p, grad, state, count);
+        case Rule::kAdam:
+            return update_vector_with<Adam>(s, p, grad, state, count);
         case Rule::kSgd:
             return state.m ? update_vector_with<Sgd<true>>(s, p, grad, state, count)
                            : update_vector_with<Sgd<false>>(s, p, grad, state, count);

@@ -67,10 +67,12 @@ inline void store_packed(int16_t* out, __m256i a, __m256i b) {  // lanes hold 0 
 }
 inline void store_low16(int16_t* out, const vf (&a)[kParts]) {
     const __m256i low = _mm256_set1_epi32(0xffff);
-    store_packed(out, _mm256_and_si256(_mm256_castps_si256(a[0]), low), _mm256_and_si256(_mm256_castps_si256(a[1]), low));
+    store_packed(out, _mm256_and_si256(_mm256_castps_si256(a[0]), low),
+                 _mm256_and_si256(_mm256_castps_si256(a[1]), low));
 }
 inline void store_high16(int16_t* out, const vf (&a)[kParts]) {
-    store_packed(out, _mm256_srli_epi32(_mm256_castps_si256(a[0]), 16), _mm256_srli_epi32(_mm256_castps_si256(a[1]), 16));
+    store_packed(out, _mm256_srli_epi32(_mm256_castps_si256(a[0]), 16),
+                 _mm256_srli_epi32(_mm256_castps_si256(a[1]), 16));
 }
 
 #else
@@ -146,7 +148,7 @@ inline void for_sixteens(const float* w, int64_t d, Body body) {
 inline int32_t largest_bits(const float* w, int64_t d) {
     vf lanes[kParts];
     for (int p = 0; p < kParts; ++p) lanes[p] = zero();
-    for_sixteens(w, d, [&](int64_t, const vf (&a)[kParts]) {
+    for_sixteens(w, d, [&](int64_t, const vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) lanes[p] = magnitude_max(a[p], lanes[p]);
     });
     int32_t bits[16], best = 0;
@@ -185,7 +187,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
     for (int p = 0; p < kParts; ++p) lanes[p] = sums[p] = zero();
 
     if (kind == kScreenBf16) {
-        for_sixteens(w, d, [&](int64_t i, vf (&a)[kParts]) {
+        for_sixteens(w, d, [&](int64_t i, vf(&a)[kParts]) {
             for (int p = 0; p < kParts; ++p) {
                 const vf high = round_bf16(a[p]), low = mul(sub(a[p], high), shrink), whole = mul(a[p], shrink);
                 lanes[p] = fma(whole, whole, lanes[p]);
@@ -201,7 +203,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
         return true;
     }
 
-    for_sixteens(w, d, [&](int64_t, const vf (&a)[kParts]) {
+    for_sixteens(w, d, [&](int64_t, const vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) {
             const vf whole = mul(a[p], shrink);
             lanes[p] = fma(whole, whole, lanes[p]);
@@ -216,7 +218,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
     const float scale = static_cast<float>(wide < 0x1p-100 ? 0x1p-100 : wide);
     const vf step = set1(scale), inverse = set1(static_cast<float>(1.0 / scale));
     const vf magic = set1(0x1.8p23f);  // adding it rounds to an integer and leaves that integer in the low bits
-    for_sixteens(w, d, [&](int64_t i, vf (&a)[kParts]) {
+    for_sixteens(w, d, [&](int64_t i, vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) {
             const vf shifted = add(mul(a[p], inverse), magic);
             const vf left = mul(residual(sub(shifted, magic), step, a[p]), inverse);
