@@ -13,7 +13,7 @@
 namespace microtome::cpu {
 namespace {
 
-constexpr int64_t kRows = 64;  // rows of grad_out summed in one go
+constexpr int64_t kRows = 16;  // rows of grad_out summed in one go
 
 template <class T>
 T* at(uintptr_t address) {
@@ -105,7 +105,8 @@ void sort_entries(const Source (&sources)[2], int64_t n, int64_t f, std::vector<
     }
 }
 
-// The segments of more than kChunk entries, summed chunk by chunk, so that a latent of every row keeps all threads busy.
+// The segments of more than kChunk entries, summed chunk by chunk, so that a latent of every row keeps all threads
+// busy.
 void sum_long_segments(Pass& a, int64_t f, const SaeUpdateKernels& kernels, std::vector<int32_t>& partial,
                        std::vector<float>& partials, int threads) {
     std::vector<int64_t> begins, counts;
@@ -210,7 +211,7 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
     }
 
     // Fixed blocks of features, whoever takes them: the encoder's part of b_dec's gradient adds up the same way.
-    const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(256, f / 16));
+    const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(256, f / 4));
     std::vector<float> encoder_parts(static_cast<size_t>(blocks * d));
     std::vector<int64_t> bad(static_cast<size_t>(blocks), -1);
 #pragma omp parallel num_threads(threads)
@@ -219,8 +220,8 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
         std::vector<float> scratch(static_cast<size_t>(2 * d));
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < blocks; ++b) {
-            bad[static_cast<size_t>(b)] = kernels.update_features(
-                pass, f * b / blocks, f * (b + 1) / blocks, encoder_parts.data() + b * d, scratch.data());
+            bad[static_cast<size_t>(b)] = kernels.update_features(pass, f * b / blocks, f * (b + 1) / blocks,
+                                                                  encoder_parts.data() + b * d, scratch.data());
         }
     }
 

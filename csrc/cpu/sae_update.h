@@ -39,9 +39,9 @@ struct Pass {
     const float* x;
     const float* grad_out[2];
     const Entry* entries;
-    const int64_t* offsets;   // [f + 1]
-    const int32_t* partial;   // [f]: first partial sum of a long segment; null without one
-    const float* partials;    // [., 2, d]
+    const int64_t* offsets;  // [f + 1]
+    const int32_t* partial;  // [f]: first partial sum of a long segment; null without one
+    const float* partials;   // [., 2, d]
     float *W_enc, *b_enc, *W_dec;
     Moments enc, bias, dec;
     float* db_enc;  // [f]
@@ -68,7 +68,7 @@ extern const SaeUpdateKernels kSaeUpdateAvx2, kSaeUpdateAvx512;
 
 // Addresses of contiguous tensors, 0 for None; the shapes are those of the op of this name. Returns the first feature
 // whose new encoder row holds NaN or infinity (seen only with a shadow), or -1. Scratch: 36 (n k + n a) + 20 f bytes,
-// one [2, d] buffer for every 256 entries of a long segment, one [d] for every 64 rows, and at most 256 of [d].
+// one [2, d] buffer for every 256 entries of a long segment, one [d] for every 16 rows, and at most 256 of [d].
 int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices, int index_bytes, uintptr_t values,
                    uintptr_t grad_values, uintptr_t grad_out, double scale, int64_t a, uintptr_t aux_indices,
                    int aux_index_bytes, uintptr_t aux_values, uintptr_t aux_grad_values, uintptr_t aux_grad_out,

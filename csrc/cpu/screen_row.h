@@ -67,10 +67,12 @@ inline void store_packed(int16_t* out, __m256i a, __m256i b) {  // lanes hold 0 
 }
 inline void store_low16(int16_t* out, const vf (&a)[kParts]) {
     const __m256i low = _mm256_set1_epi32(0xffff);
-    store_packed(out, _mm256_and_si256(_mm256_castps_si256(a[0]), low), _mm256_and_si256(_mm256_castps_si256(a[1]), low));
+    store_packed(out, _mm256_and_si256(_mm256_castps_si256(a[0]), low),
+                 _mm256_and_si256(_mm256_castps_si256(a[1]), low));
 }
 inline void store_high16(int16_t* out, const vf (&a)[kParts]) {
-    store_packed(out, _mm256_srli_epi32(_mm256_castps_si256(a[0]), 16), _mm256_srli_epi32(_mm256_castps_si256(a[1]), 16));
+    store_packed(out, _mm256_srli_epi32(_mm256_castps_si256(a[0]), 16),
+                 _mm256_srli_epi32(_mm256_castps_si256(a[1]), 16));
 }
 
 #else
@@ -126,21 +128,29 @@ inline vf residual(vf q, vf step, vf w) {
 #endif
 }
 
-// Sixteen entries of a row; entries from `left` on are zero.
-inline void load16(const float* w, int64_t left, vf (&a)[kParts]) {
-    for (int p = 0; p < kParts; ++p) {
-        const int64_t n = left - p * kWidth;
-        a[p] = n >= kWidth ? load(w + p * kWidth) : n > 0 ? load_n(w + p * kWidth, n) : zero();
+// body(i, a) for every sixteen entries a of a row, zeros behind the last.
+template <class Body>
+inline void for_sixteens(const float* w, int64_t d, Body body) {
+    vf a[kParts];
+    int64_t i = 0;
+    for (; i + 16 <= d; i += 16) {
+        for (int p = 0; p < kParts; ++p) a[p] = load(w + i + p * kWidth);
+        body(i, a);
     }
+    if (i == d) return;
+    for (int p = 0; p < kParts; ++p) {
+        const int64_t n = d - i - p * kWidth;
+        a[p] = n >= kWidth ? load(w + i + p * kWidth) : n > 0 ? load_n(w + i + p * kWidth, n) : zero();
+    }
+    body(i, a);
 }
 
 inline int32_t largest_bits(const float* w, int64_t d) {
-    vf lanes[kParts], a[kParts];
+    vf lanes[kParts];
     for (int p = 0; p < kParts; ++p) lanes[p] = zero();
-    for (int64_t i = 0; i < d; i += 16) {
-        load16(w + i, d - i, a);
+    for_sixteens(w, d, [&](int64_t, const vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) lanes[p] = magnitude_max(a[p], lanes[p]);
-    }
+    });
     int32_t bits[16], best = 0;
     for (int p = 0; p < kParts; ++p) std::memcpy(bits + p * kWidth, &lanes[p], sizeof(vf));
     for (int j = 0; j < 16; ++j) best = bits[j] > best ? bits[j] : best;
@@ -171,12 +181,13 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
         return (std::sqrt(static_cast<double>(squares)) * factor + lost) * unit + 0x1p-110;
     };
     const vf shrink = set1(static_cast<float>(1 / power));
-    vf lanes[kParts], sums[kParts], a[kParts];
+    const int64_t written = (d + 15) / 16 * 16;
+    std::memset(shadow + written, 0, static_cast<size_t>(stride - written) * sizeof(int16_t));
+    vf lanes[kParts], sums[kParts];
     for (int p = 0; p < kParts; ++p) lanes[p] = sums[p] = zero();
 
     if (kind == kScreenBf16) {
-        for (int64_t i = 0; i < stride; i += 16) {
-            load16(w + i, d - i, a);
+        for_sixteens(w, d, [&](int64_t i, vf(&a)[kParts]) {
             for (int p = 0; p < kParts; ++p) {
                 const vf high = round_bf16(a[p]), low = mul(sub(a[p], high), shrink), whole = mul(a[p], shrink);
                 lanes[p] = fma(whole, whole, lanes[p]);
@@ -184,7 +195,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
                 a[p] = high;
             }
             store_high16(shadow + i, a);
-        }
+        });
         stats[0] = 1.0f;
         stats[1] = round_up(bound(fold(lanes), power));
         stats[2] = round_up(bound(fold(sums), power));
@@ -192,13 +203,12 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
         return true;
     }
 
-    for (int64_t i = 0; i < d; i += 16) {
-        load16(w + i, d - i, a);
+    for_sixteens(w, d, [&](int64_t, const vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) {
             const vf whole = mul(a[p], shrink);
             lanes[p] = fma(whole, whole, lanes[p]);
         }
-    }
+    });
     const double norm = bound(fold(lanes), power);
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
@@ -208,8 +218,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
     const float scale = static_cast<float>(wide < 0x1p-100 ? 0x1p-100 : wide);
     const vf step = set1(scale), inverse = set1(static_cast<float>(1.0 / scale));
     const vf magic = set1(0x1.8p23f);  // adding it rounds to an integer and leaves that integer in the low bits
-    for (int64_t i = 0; i < stride; i += 16) {
-        load16(w + i, d - i, a);
+    for_sixteens(w, d, [&](int64_t i, vf(&a)[kParts]) {
         for (int p = 0; p < kParts; ++p) {
             const vf shifted = add(mul(a[p], inverse), magic);
             const vf left = mul(residual(sub(shifted, magic), step, a[p]), inverse);
@@ -217,7 +226,7 @@ inline bool screen_row(const float* w, int64_t d, int64_t stride, int kind, int1
             a[p] = shifted;
         }
         store_low16(shadow + i, a);
-    }
+    });
     stats[0] = scale;
     stats[1] = round_up(norm);
     stats[2] = round_up(bound(fold(sums), scale) + 0x1p-40 * norm);

@@ -23,16 +23,17 @@ class UpdateRule:
     """How parameters move, given their gradient.
 
     Attributes:
-        optimizer: "adam", "adamw" (decoupled decay), "sgd" (momentum is beta1, 0 for none, as torch.optim.SGD) or
-            "signsgd" (sign of the gradient, or of the momentum m = beta1 m + (1 - beta1) g when beta1 > 0).
+        optimizer: "adam", "adamw" (decoupled decay), "sgd" (momentum is beta1, 0 for none, as
+            torch.optim.SGD) or "signsgd" (sign of the gradient, or of the momentum
+            m = beta1 m + (1 - beta1) g when beta1 > 0).
         lr: step size.
         beta1: Adam's first decay, or the momentum.
         beta2: Adam's second decay.
         eps: Adam's epsilon.
-        weight_decay: L2 for adam and sgd (added to the gradient), decoupled for adamw and signsgd. Acts on W_enc and
-            W_dec, not on biases.
-        rowsparse: leave rows that no code touched, and their moments, as they are (torch.optim.SparseAdam's
-            semantics: another algorithm than Adam, opt-in).
+        weight_decay: L2 for adam and sgd (added to the gradient), decoupled for adamw and signsgd.
+            Acts on W_enc and W_dec, not on biases.
+        rowsparse: leave rows that no code touched, and their moments, as they are
+            (torch.optim.SparseAdam's semantics: another algorithm than Adam, opt-in).
         project: remove from each decoder row's gradient its component along the row.
         renorm: scale each decoder row to length 1 after the step.
     """
@@ -138,7 +139,10 @@ def check_state(
     op = "sae_update"
     for name, p in zip(_NAMES, params, strict=True):
         if not p.is_contiguous():
-            msg = f"{op}: {name} is updated in place and must be contiguous; pass {name}.contiguous()."
+            msg = (
+                f"{op}: {name} is updated in place and must be contiguous; "
+                f"pass {name}.contiguous()."
+            )
             raise ArgumentError(msg)
     expected = moments_for(params, rule, meta=True)
     fits = len(moments) == 8 and all(
@@ -167,7 +171,8 @@ def check_state(
         ):  # fmt: skip
             msg = (
                 f"{op}: screen does not belong to W_enc {list(W_enc.shape)}: shadow "
-                f"{list(shadow.shape)}, stats {list(stats.shape)}. Make it with screen_weights(W_enc)."
+                f"{list(shadow.shape)}, stats {list(stats.shape)}. "
+                "Make it with screen_weights(W_enc)."
             )
             raise ArgumentError(msg)
 

@@ -1,4 +1,4 @@
-"""One optimizer step of an SAE: segment-reduced gradients, projection, update and decoder renorm in one pass."""
+"""One optimizer step of an SAE: gradients, projection, update and decoder renorm in one pass."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def sae_update(
     center: bool = True,
     screen: Screen | None = None,
 ) -> Tensor:
-    """Take one optimizer step on W_enc, b_enc, W_dec, b_dec, in place, without forming a dense gradient.
+    """Take one optimizer step on W_enc, b_enc, W_dec, b_dec in place, with no dense gradient.
 
         dW_dec[g] = sum over entries of g:  scale * value * grad_out[row]
-        dW_enc[g] = sum over entries of g:  scale * grad_value * x[row];    db_enc[g] = sum scale * grad_value
+        dW_enc[g] = sum over entries of g:  scale * grad_value * x[row]
+        db_enc[g] = sum over entries of g:  scale * grad_value
         db_dec    = sum_rows scale * grad_out[row] - (center) sum_g db_enc[g] W_enc[g]
         dW_dec[g] -= <dW_dec[g], W_dec[g]> / |W_dec[g]|^2 * W_dec[g]     (project)
         p = rule(p, dp);  W_dec[g] /= |W_dec[g]|                           (renorm)
@@ -41,8 +42,9 @@ def sae_update(
         code: the main code; shapes n, k.
         x: [n, d] float32, what the encoder saw: already centred by b_dec if the SAE does that.
         params: W_enc [f, d], b_enc [f], W_dec [f, d], b_dec [d], float32, updated in place.
-        moments: eight tensors or None: first and second moments of W_enc, b_enc, W_dec, b_dec in that order
-            (m, v, m, v, ...), float32, shaped like their parameter, updated in place. `moments_for` makes them.
+        moments: eight tensors or None: first and second moments of W_enc, b_enc, W_dec, b_dec in
+            that order (m, v, m, v, ...), float32, shaped like their parameter, updated in place.
+            `moments_for` makes them.
         rule: the optimizer.
         step: 1 for the first step (Adam's bias correction).
         aux: a second code of the same rows (AuxK for dead latents), or None.
@@ -59,9 +61,11 @@ def sae_update(
             only, the step itself took a row of W_enc beyond float32; the parameters have moved.
         BackendError: a demanded backend cannot run these inputs.
 
-    Not differentiable. Deterministic for any thread count: entries are sorted by latent, long segments are summed in
-    fixed chunks. Reads and writes each parameter and moment once. Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et
-    al. 2024, arXiv:2406.04093.
+    Not differentiable. Deterministic for any thread count: entries are sorted by latent, long
+    segments are summed in fixed chunks. Reads and writes each parameter and moment once: 24 bytes a
+    weight with Adam, 2 more for the shadow. On CPU, results below 2^-126 become zero: the moments
+    of features that no longer fire would otherwise decay into slow denormals.
+    Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093.
     """
     sizes = inputs.check_shapes(code, x, params, aux)
     inputs.check_types(code, x, params, aux)
@@ -83,7 +87,8 @@ def sae_update(
 
 def apply_rule(
     p: Tensor, grad: Tensor, m: Tensor | None, v: Tensor | None,
-    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    step: int,
 ) -> None:  # fmt: skip
     """One optimizer step on a tensor, in place: the spec that every backend follows."""
     if optimizer in ("adamw", "signsgd") and weight_decay:
@@ -91,7 +96,8 @@ def apply_rule(
     elif weight_decay:
         grad = grad + weight_decay * p
     if optimizer in ("adam", "adamw"):
-        assert m is not None and v is not None
+        assert m is not None
+        assert v is not None
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
@@ -114,11 +120,13 @@ def sae_update_reference(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
-    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-    rowsparse: bool, project: bool, renorm: bool, center: bool,
+    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
 ) -> Tensor:  # fmt: skip
     """Dense gradients by index_add, then the rule on every tensor."""
     f = W_enc.shape[0]
+    # Parameters may be leaves that require grad.
+    W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (W_enc, b_enc, W_dec, b_dec))
     dW_enc, dW_dec, db_enc = (
         torch.zeros_like(W_enc),
         torch.zeros_like(W_dec),
@@ -127,7 +135,9 @@ def sae_update_reference(
     touched = torch.zeros(f, dtype=torch.bool, device=x.device)
     codes = [(indices, values, grad_values, grad_out, scale)]
     if aux_indices is not None:
-        assert aux_values is not None and aux_grad_values is not None and aux_grad_out is not None
+        assert aux_values is not None
+        assert aux_grad_values is not None
+        assert aux_grad_out is not None
         codes.append((aux_indices, aux_values, aux_grad_values, aux_grad_out, aux_scale))
     for idx, val, grad_val, grad, s in codes:
         for j in range(idx.shape[1]):

@@ -11,7 +11,8 @@ from microtome import _check, _native
 from microtome.ops._registry import Backend, Op, why_not_common
 
 KINDS = ("bf16", "q15")
-# ||q_x|| * ||q_w|| <= 46340^2 < 2^31: by Cauchy-Schwarz no partial sum of an integer dot product overflows int32.
+# ||q_x|| * ||q_w|| <= 46340^2 < 2^31: by Cauchy-Schwarz no partial sum of an integer dot product
+# overflows int32.
 Q_NORM = 46340.0
 
 
@@ -19,10 +20,12 @@ class Screen(NamedTuple):
     """A 16-bit shadow of W_enc with the numbers that bound its error.
 
     Attributes:
-        kind: "bf16" (AMX tiles) or "q15" (integers times one scale a row, exact int32 accumulation).
-        shadow: [f, stride] int16: bf16 bits or integers; columns from d on are zero. The stride is d rounded up to
-            an odd number of 64-byte lines, so that sixteen rows never share one cache set.
-        stats: [f, 4] float32, per row w: its scale (1 for bf16), ||w||, ||w - shadow||, 0. The norms are rounded up.
+        kind: "bf16" (AMX tiles) or "q15" (integers times one scale a row, exact in int32).
+        shadow: [f, stride] int16: bf16 bits or integers; columns from d on are zero. The stride is
+            d rounded up to an odd number of 64-byte lines, so that sixteen rows never share one
+            cache set.
+        stats: [f, 4] float32, per row w: its scale (1 for bf16), ||w||, ||w - shadow||, 0. The
+            norms are bounds from above.
     """
 
     kind: str
@@ -44,8 +47,8 @@ def best_kind() -> str:
 def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
     """Build the shadow of an encoder that `topk_encode` screens with.
 
-        q15:  s = max(max|w| / 32767, ||w|| / (46340 - sqrt(d)));  shadow = round(w / s)
-        bf16: s = 1;  shadow = w rounded to nearest even
+        q15:  s = max(max|w| / 32767, ||w|| / (46340 - sqrt(d)), 2^-100);  shadow = round(w / s)
+        bf16: s = 1;  shadow = w rounded to nearest even, at most the largest finite bfloat16
 
     Args:
         W_enc: [f, d] float32.
@@ -58,7 +61,8 @@ def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
         ShapeError, DtypeError: W_enc is not a float32 matrix.
         NonFiniteError: a row of W_enc holds NaN or infinity; the message names it.
 
-    Not differentiable. Deterministic. Reads W_enc once. CPU only: on GPU the Triton encoder screens in bf16 itself.
+    Not differentiable. Deterministic for any thread count. Reads W_enc once. CPU only: on GPU the
+    Triton encoder screens in bf16 itself.
     Source: docs/exactness.md.
     """
     _check.shapes("screen_weights", W_enc=(W_enc, "f d"))
@@ -71,28 +75,29 @@ def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
 
 
 def screen_weights_reference(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The formulas above; norms in float64, then one float32 step up, so they bound from above."""
+    """The formulas above; norms in float64, then a little up, so they bound from above."""
     f, d = W_enc.shape
     _check.finite_rows("screen_weights", "W_enc", W_enc)
     wide = W_enc.double()
     norm = wide.norm(dim=1)
     if kind == "bf16":
         scale = torch.ones(f, dtype=torch.float32, device=W_enc.device)
-        bits = W_enc.bfloat16()
+        largest_bf16 = torch.finfo(torch.bfloat16).max
+        bits = W_enc.clamp(-largest_bf16, largest_bf16).bfloat16()
         rounded, codes = bits.double(), bits.view(torch.int16)
     else:
         largest = wide.abs().amax(1) if d else norm
-        scale = torch.maximum(largest / 32767.0, norm / (Q_NORM - d**0.5)).float()
-        scale = torch.where(scale > 0, scale * (1 + 2**-20), 1.0)
+        step = torch.maximum(largest / 32767.0, norm / (Q_NORM - d**0.5)) * (1 + 2**-20)
+        scale = torch.where(norm > 0, step.clamp_min(2**-100), 1.0).float()
         codes = (wide / scale.double()[:, None]).round().to(torch.int16)
         rounded = codes.double() * scale.double()[:, None]
     shadow = torch.zeros(f, stride(d), dtype=torch.int16, device=W_enc.device)
     shadow[:, :d] = codes
     up = 1 + 2**-20
     error = (wide - rounded).norm(dim=1)
-    stats = torch.stack(
-        [scale, (norm * up).float(), (error * up).float(), torch.zeros_like(scale)], dim=1
-    )
+    # Denormals that a processor flushes to zero weigh less than 2^-126 sqrt(d) <= 2^-110.
+    bounds = [(t * up + 2**-110).float() for t in (norm, error)]
+    stats = torch.stack([scale, *bounds, torch.zeros_like(scale)], dim=1)
     return shadow, stats
 
 
