@@ -156,7 +156,8 @@ inline void sum_segment(const Pass& a, int64_t g, float* dec, float* enc) {
 
 // Rows that will be needed next, asked for a line at a time while this row streams: the next parameter rows, because a
 // processor's own prefetcher stops at every page and a row is about a page; and the rows of x or grad_out that the next
-// feature gathers. Without it the pass takes 1.5 times as long.
+// feature gathers. Measured at
+// (n, d, f, k) = (1024, 768, 24576, 32), one thread: 81 ms without; 62 to 89, median 72, in five runs with.
 struct Ahead {
     static constexpr int kMost = 24;
     int count = 0, most;
