@@ -98,9 +98,10 @@ def ceilings(*, quick: bool = False) -> dict[str, float]:
 def allowed(case: Case, limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """The least time that the ceilings allow each op, in ms and in units of G32.
 
-    The product is charged at the faster of the bf16 and fp32 rates, the other operations at the
-    fp32 rate; bytes and operations may overlap within an op, so the larger counts. A step is the
-    sum of its ops.
+    The product is charged at torch's bf16 rate or twice the fp32 rate, whichever is faster: a
+    16-bit integer multiply-add does two terms a lane where fp32 does one. The other operations go
+    at the fp32 rate. Bytes and operations may overlap within an op, so the larger counts. A step is
+    the sum of its ops.
 
     Args:
         case: the sizes.
@@ -110,7 +111,7 @@ def allowed(case: Case, limits: dict[str, float]) -> dict[str, dict[str, Any]]:
         op -> {"bytes", "product", "flops", "ms", "ratio", "bound" ("bytes" or "operations")}.
     """
     unit = 2 * case.n * case.d * case.f / limits["g32_gflops"] / 1e6  # ms
-    rate = max(limits["bf16_gflops"], limits["fp32_gflops"])
+    rate = max(limits["bf16_gflops"], 2 * limits["fp32_gflops"])
     result: dict[str, dict[str, Any]] = {}
     for op, need in floors(case).items():
         moving = need["bytes"] / limits["copy_gbs"] / 1e6

@@ -28,14 +28,18 @@ def rows_of(options: argparse.Namespace, chosen: dict[str, list[str]]) -> Iterat
     why = ""
     if layers:
         _, output = child("real_activations", str(options.cache), ",".join(layers), **limits)
-        why = " ".join(output.strip().splitlines()[-1:])
+        why = ended_badly(output)
     for name in chosen["cases"]:
         case, source = QUICK if name == QUICK.name else CASES[name], "gaussian"
         if name.startswith("layer"):
             source = str(path_of(options.cache, int(name.removeprefix("layer"))))
             if not Path(source).exists():
-                status = f"not available: {why}"
-                yield {"case": name, "contender": "all", "op": "all", "status": status}
+                key = {"case": name, "contender": "all", "op": "all"}
+                # A missing package is no fault of the code; anything else is.
+                if "PackageError" in why or "ModuleNotFoundError" in why:
+                    yield {**key, "status": f"not available: {why}"}
+                else:
+                    yield {**key, "status": "FAILED", "error": why}
                 continue
         request = {
             "case": vars(case),
