@@ -66,7 +66,7 @@ def rows_of(options: argparse.Namespace, chosen: dict[str, list[str]]) -> Iterat
 
 def ended_badly(output: str) -> str:
     """The last lines of a child that `child` reports as ended early, or an empty string."""
-    lines = output.strip().splitlines()
+    lines = [line for line in output.splitlines() if line.strip()]
     return " ".join(lines[-2:]) if lines and lines[-1].startswith("child: ") else ""
 
 
