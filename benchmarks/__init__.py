@@ -1,0 +1,1 @@
+"""Ours, the peers and the physical floor, side by side: `python benchmarks/run.py`."""

@@ -1,0 +1,1 @@
+"""One file per op, named after it."""
