@@ -1,0 +1,21 @@
+"""Sparse autoencoders: the module, fused training, evaluation, and the SAELens file layout."""
+
+from microtome.sae.code import SparseCode
+from microtome.sae.config import TrainConfig
+from microtome.sae.evaluate import Evaluation, evaluate
+from microtome.sae.sae import SAE, TopK
+from microtome.sae.source import ActivationSource, InMemory
+from microtome.sae.train import TrainResult, train
+
+__all__ = [
+    "SAE",
+    "ActivationSource",
+    "Evaluation",
+    "InMemory",
+    "SparseCode",
+    "TopK",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "train",
+]

@@ -1,0 +1,132 @@
+"""Where a run's numbers go: log.jsonl, and Weights & Biases or TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from microtome.errors import ArgumentError
+from microtome.sae import files
+from microtome.sae.config import TrainConfig
+
+
+class Sink(Protocol):
+    """One place that takes numbers."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Take one logged step; `line["step"]` is its number."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class JsonLines:
+    """log.jsonl: one JSON object a line.
+
+    Args:
+        path: the file. Lines after step `resumed`, and a last line cut short by a crash, are
+            removed first.
+        resumed: the step that the run continues from.
+
+    Attributes:
+        history: the lines that stayed.
+    """
+
+    def __init__(self, path: Path, resumed: int) -> None:
+        self.path = path
+        self.history: list[dict[str, Any]] = []
+        with files.disk_errors(path):
+            path.touch()
+            kept = 0
+            for raw in path.read_bytes().splitlines(keepends=True):
+                line = _parse(raw)
+                if line is None or line["step"] > resumed:
+                    break
+                self.history.append(line)
+                kept += len(raw)
+            os.truncate(path, kept)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        with files.disk_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        with files.disk_errors(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with files.disk_errors(self.path):
+            self._file.close()
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    """A whole line of the log, or None."""
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+class _WandB:
+    def __init__(self, project: str, config: TrainConfig, out: Path | None) -> None:
+        wandb = _import("wandb", "wandb", project)
+        # The same folder continues the same run after a crash.
+        name = None if out is None else hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        resume = None if out is None else "allow"
+        self.run = wandb.init(project=project, id=name, resume=resume, config=config.to_dict())
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: str, resumed: int) -> None:
+        tensorboard = _import("torch.utils.tensorboard", "tensorboard", folder)
+        self.writer = tensorboard.SummaryWriter(folder, purge_step=resumed + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _import(module: str, package: str, value: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        msg = f"TrainConfig: {package}={value!r} needs the package {package!r}, which cannot be "
+        msg += f"imported ({error}). "
+        msg += f"Install it (pip install {package}) or leave {package}=None."
+        raise ArgumentError(msg) from error
+
+
+def extra_sinks(config: TrainConfig, out: Path | None, resumed: int) -> list[Sink]:
+    """Weights & Biases and TensorBoard, as the config asks.
+
+    Raises:
+        ArgumentError: one is asked for and not installed.
+    """
+    sinks: list[Sink] = []
+    if config.wandb is not None:
+        sinks.append(_WandB(config.wandb, config, out))
+    if config.tensorboard is not None:
+        sinks.append(_TensorBoard(config.tensorboard, resumed))
+    return sinks

@@ -1,0 +1,86 @@
+"""The training loss: its normalisation, and which latents AuxK calls on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microtome.errors import NonFiniteError
+from microtome.sae.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The numbers of one step.
+
+    Attributes:
+        fvu: fraction of variance unexplained on the batch: sum of squared errors / total variance.
+        auxk: AuxK before its coefficient; 0 when no latent is dead.
+        loss: fvu + coefficient * auxk.
+        l0: mean number of values above zero in a row.
+        dead_fraction: latents that count as dead after the step, of all.
+        lr: the learning rate of the step.
+    """
+
+    fvu: float
+    auxk: float
+    loss: float
+    l0: float
+    dead_fraction: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class DeadSet:
+    """The dead latents of a step, and how AuxK weighs them.
+
+    Attributes:
+        latents: their numbers, ascending, [n_dead] int64.
+        k: how many of them reconstruct each row.
+        weight: auxk_coefficient * min(n_dead / k_aux, 1), so that a handful of dead latents cannot
+            dominate.
+    """
+
+    latents: Tensor
+    k: int
+    weight: float
+
+
+def dead_set(since_fired: Tensor, d: int, config: TrainConfig) -> DeadSet | None:
+    """The dead latents, or None when AuxK has nothing to do."""
+    if config.auxk_coefficient == 0:
+        return None
+    latents = (since_fired >= config.dead_after_tokens).nonzero().flatten()
+    n_dead = len(latents)
+    if n_dead == 0:
+        return None
+    k_aux = config.k_aux or max(1, d // 2)
+    weight = config.auxk_coefficient * min(n_dead / k_aux, 1.0)
+    return DeadSet(latents, min(k_aux, n_dead), weight)
+
+
+def total_variance(x: Tensor) -> float:
+    """Sum of squared distances of the rows from their mean, sum_i |x_i - mean|^2, never zero.
+
+    A batch of one row, or of equal rows, has no variance to speak of: its energy sum_i |x_i|^2
+    stands in, and 1 where that is zero too.
+    """
+    variance = float((x - x.mean(0)).square().sum())
+    energy = float(x.square().sum())
+    # Equal rows differ from their rounded mean by about eps |x| each.
+    if variance > 16 * torch.finfo(x.dtype).eps ** 2 * energy:
+        return variance
+    return energy if energy > 0 else 1.0
+
+
+def check_finite(loss: float, sse: Tensor) -> None:
+    """Raise NonFiniteError, naming the rows, before an overflowed loss can reach the weights."""
+    if loss - loss == 0:  # false for NaN and infinity
+        return
+    bad = (~torch.isfinite(sse)).nonzero().flatten()[:5].tolist()
+    where = f" in row {', '.join(map(str, bad))}" if bad else ""
+    msg = f"the loss is {loss}: the squared error overflows{where}. Scale the activations down or "
+    msg += "drop these rows."
+    raise NonFiniteError(msg)

@@ -1,0 +1,116 @@
+"""One training step in one pass over the parameters: no [n, f], no dense gradient in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.ops import Screen, sae_loss, sae_update, topk_encode
+from microtome.ops.sae_update import Code, moments_for
+from microtome.sae.config import TrainConfig
+from microtome.sae.loss import DeadSet, Losses, check_finite, dead_set, total_variance
+from microtome.sae.sae import SAE
+
+_MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
+
+
+class FusedStep:
+    """A step by `topk_encode`, `sae_loss` and `sae_update`.
+
+        loss = (|x - x_hat|^2 + weight * |e - e_hat|^2) / total variance of the batch
+
+    where e = x - x_hat, held fixed, and e_hat is its reconstruction, without b_dec, by the k_aux
+    dead latents with the largest pre-activations (AuxK, Gao et al. 2024, arXiv:2406.04093). AuxK's
+    gradient reaches the dead latents' encoder and decoder rows, and b_dec through the centred
+    input.
+
+    Args:
+        sae: updated in place.
+        config: a fused optimizer.
+
+    Attributes:
+        since_fired: [f] int64: rows seen since each latent last fired.
+        settings: what the config does not say of the optimizer: nothing.
+    """
+
+    def __init__(self, sae: SAE, config: TrainConfig) -> None:
+        self.sae, self.config = sae, config
+        self.settings: dict[str, str] = {}
+        self.base_lr = config.base_lr(sae.n_features) or 0.0
+        self.moments = moments_for(sae.parameters_in_order, config.rule(self.base_lr))
+        self.since_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_enc.device)
+
+    @torch.no_grad()
+    def take(self, x: Tensor, factor: float, step: int) -> Losses:
+        """One step.
+
+        Args:
+            x: [n, d], dtype and device of the weights.
+            factor: the learning rate as a fraction of its peak.
+            step: 1 for the first.
+
+        Raises:
+            NonFiniteError: x holds NaN or infinity, or the error overflows; nothing has been
+                changed.
+        """
+        sae, W_enc, b_enc, W_dec, b_dec = self.sae, *self.sae.parameters_in_order
+        screen = sae.screen()
+        centred = x - b_dec if sae.center else x
+        values, indices, _ = topk_encode(centred, W_enc, b_enc, k=sae.activation.k, screen=screen)
+        values = values.relu()
+        sse, grad_out, grad_values = sae_loss(x, values, indices, W_dec, b_dec)
+        scale = 1.0 / total_variance(x)
+        loss = fvu = float(sse.sum()) * scale
+        check_finite(loss, sse)
+        code = Code(indices, values, grad_values, grad_out, scale)
+        l0 = int((values > 0).sum()) / max(1, len(x))
+
+        aux, auxk = None, 0.0
+        dead = dead_set(self.since_fired, sae.d_model, self.config)
+        if dead is not None:
+            aux, sse = self._aux(centred, grad_out, dead, scale, screen)
+            auxk = float(sse.sum()) * scale
+            loss += dead.weight * auxk
+            check_finite(loss, sse)
+
+        lr = self.base_lr * factor
+        fired = sae_update(
+            code, centred, sae.parameters_in_order, self.moments, self.config.rule(lr), step,
+            aux=aux, center=sae.center, screen=screen,
+        )  # fmt: skip
+        sae.keep_screen(screen)
+        self.since_fired += len(x)
+        self.since_fired[fired > 0] = 0
+        return Losses(fvu, auxk, loss, l0, dead_fraction(self.since_fired, self.config), lr)
+
+    def _aux(
+        self, centred: Tensor, grad_out: Tensor, dead: DeadSet, scale: float, screen: Screen | None
+    ) -> tuple[Code, Tensor]:
+        W_enc, b_enc, W_dec, _ = self.sae.parameters_in_order
+        rows = dead.latents
+        if screen is not None:  # each row of a screen stands for itself
+            screen = Screen(screen.kind, screen.shadow[rows], screen.stats[rows])
+        values, places, _ = topk_encode(centred, W_enc[rows], b_enc[rows], k=dead.k, screen=screen)
+        values, indices = values.relu(), rows[places.long()].int()
+        residual = grad_out * -0.5  # grad_out is 2 (x_hat - x)
+        sse, aux_grad_out, aux_grad_values = sae_loss(residual, values, indices, W_dec)
+        return Code(indices, values, aux_grad_values, aux_grad_out, scale * dead.weight), sse
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """Tensors and JSON values from which `load` continues bit for bit."""
+        tensors = {n: m for n, m in zip(_MOMENTS, self.moments, strict=True) if m is not None}
+        return {**tensors, "since_fired": self.since_fired}, None
+
+    def load(self, tensors: dict[str, Tensor], _: Any) -> None:
+        """Take over what `state` gave."""
+        for name, moment in zip(_MOMENTS, self.moments, strict=True):
+            if moment is not None:
+                moment.copy_(tensors[name])
+        self.since_fired.copy_(tensors["since_fired"])
+
+
+def dead_fraction(since_fired: Tensor, config: TrainConfig) -> float:
+    """Latents that have not fired for dead_after_tokens rows, of all."""
+    return int((since_fired >= config.dead_after_tokens).sum()) / len(since_fired)
