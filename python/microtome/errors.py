@@ -43,3 +43,7 @@ class StoreError(MicrotomeError, OSError):
 
 class CheckpointError(StoreError):
     """A saved SAE or training state cannot be read or written; nothing was changed."""
+
+
+class PackageError(MicrotomeError, ImportError):
+    """An optional package is not installed; the message says which and how to get it."""
