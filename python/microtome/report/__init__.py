@@ -1,4 +1,4 @@
-"""The report of a training run: which features there are, and what they respond to, as one HTML file."""
+"""The report of a training run, as one HTML file: its features and what they respond to."""
 
 from microtome.report.features import About, choose, describe
 from microtome.report.survey import survey

@@ -18,7 +18,7 @@ ABOUT = "text.json"
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of text round one peak: tokens [w], the feature's activation on each [w], and where the peak is."""
+    """A stretch of text round a peak: tokens [w], the feature's activations [w], the peak's place."""
 
     row: int
     tokens: tuple[int, ...]
@@ -55,12 +55,12 @@ def choose(
 ) -> Choice:
     """Pick rare, strong features: half of them bound to a few words, half to a subject.
 
-    A feature is eligible when it fires at least `min_firings` times, on at most `max_density` of the rows, and in at
-    least 6 contexts. Among those,
+    A feature is eligible when it fires at least `min_firings` times, on at most `max_density` of
+    the rows, and in at least 6 contexts. Among those,
     * word features spread over at most 4 token types, ordered by mean activation times
       -log10(density), one for each leading token;
-    * subject features spread over at least 8 token types, ordered by how few contexts hold their firings, against
-      the number that independent firing would reach.
+    * subject features spread over at least 8 token types, ordered by how few contexts hold their
+      firings, against the number that independent firing would reach.
 
     Args:
         survey: what `survey` returned.
@@ -84,8 +84,8 @@ def choose(
         limits = "features that fire at all (none passed the usual limits on so little text)"
     else:
         limits = (
-            f"features that fire at least {enough} times, on at most {max_density:.0%} of the tokens, "
-            f"in at least {spread} contexts"
+            f"features that fire at least {enough} times, on at most {max_density:.0%} of the "
+            f"tokens, in at least {spread} contexts"
         )
     mean = (survey.total / survey.firings.clamp(min=1)).float()
     rarity = -torch.log10(survey.density.clamp(min=1e-12)).float()
@@ -128,7 +128,7 @@ def describe(
     before: int = 16,
     after: int = 12,
 ) -> list[Feature]:
-    """The chosen features with the text round their highest peaks, one a context, no stretch of text twice.
+    """The chosen features with the text round their peaks, one a context, no stretch twice.
 
     Args:
         sae: as for `survey`.
@@ -187,7 +187,7 @@ def _context(
 
 
 def token_texts(tokenizer: Any, tokens: list[int]) -> dict[int, str]:
-    """Each token's text as it stands in a sentence: word pieces keep their joint, a new word its leading space."""
+    """Each token's text as in a sentence: a new word has its leading space, a piece none."""
     texts = {token: str(tokenizer.decode([token])) for token in tokens}
     pieces = getattr(tokenizer, "convert_ids_to_tokens", None)
     if pieces is not None and any(str(p).startswith("##") for p in pieces(tokens)):
@@ -197,7 +197,7 @@ def token_texts(tokenizer: Any, tokens: list[int]) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class About:
-    """What a store's tokens say, kept beside it as text.json, so that a report needs neither model nor tokenizer.
+    """What a store's tokens say, kept in it as text.json, so that a report needs no tokenizer.
 
     Attributes:
         text: what the text is, in words.

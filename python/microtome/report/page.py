@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML file: no script, no outside resource, every text escaped."""
+"""The report as one self-contained HTML file: no script, no outside file, all text escaped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page's HTML. Every string of the Page is text and gets escaped, except the figures' SVG."""
+    """The page's HTML. All strings of the Page are escaped, except the figures' SVG."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -94,9 +94,11 @@ def _metrics(page: Page) -> str:
         for m in page.metrics
     )
     return (
-        f'<section id="metrics">\n<h2>How good is it</h2>\n<p class="note">{escape(page.metrics_note)}</p>\n'
+        f'<section id="metrics">\n<h2>How good is it</h2>\n'
+        f'<p class="note">{escape(page.metrics_note)}</p>\n'
         "<table>\n<thead><tr><th>Metric</th><th>Value</th><th>What it says</th>"
-        f"<th>What it does not say</th></tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</section>\n"
+        "<th>What it does not say</th></tr></thead>\n"
+        f"<tbody>\n{rows}</tbody>\n</table>\n</section>\n"
     )
 
 
@@ -123,7 +125,8 @@ def _features(page: Page) -> str:
             parts.append(f'<h2>{heading}</h2>\n<p class="note">{words}</p>\n' + "".join(cards))
     body = "".join(parts) or '<p class="note">No feature fires on this text.</p>\n'
     return (
-        f'<section id="features">\n<h2>What the features respond to</h2>\n<p>{escape(page.rule)}</p>\n'
+        f'<section id="features">\n<h2>What the features respond to</h2>\n'
+        f"<p>{escape(page.rule)}</p>\n"
         '<p class="note">Each line is a stretch of the text, lined up at the token with the '
         "highest activation, which is underlined and whose activation stands in front. "
         '<span class="key">Background: 0 <b></b> the feature\'s maximum.</span> '
@@ -167,7 +170,8 @@ def _context(context: Context, maximum: float, text: Callable[[int], str]) -> st
     left, right = "".join(spans[: context.peak]), "".join(spans[context.peak :])
     value = context.activations[context.peak]
     return (
-        f'<li><span class="max">{value:.3g}</span><span class="left text"><span>{left}</span></span>'
+        f'<li><span class="max">{value:.3g}</span>'
+        f'<span class="left text"><span>{left}</span></span>'
         f'<span class="right text">{right}</span></li>\n'
     )
 
@@ -180,7 +184,8 @@ def _token(text: str, value: float, maximum: float, peak: bool) -> str:
     kind = ' class="peak"' if peak else ""
     # A leading space belongs to the token but not under its colour.
     space = " " if shown.startswith(" ") else ""
-    return f'{space}<mark{kind} style="--a:{alpha:.2f}" title="{value:.4g}">{shown.removeprefix(" ")}</mark>'
+    shown = shown.removeprefix(" ")
+    return f'{space}<mark{kind} style="--a:{alpha:.2f}" title="{value:.4g}">{shown}</mark>'
 
 
 def _visible(text: str) -> str:
@@ -200,4 +205,7 @@ def _config(page: Page) -> str:
         f"<li><span>{escape(name)}</span><span>{escape(value)}</span></li>\n"
         for name, value in page.config
     )
-    return f'<section id="config">\n<h2>Configuration</h2>\n<ul class="config">\n{rows}</ul>\n</section>\n'
+    return (
+        '<section id="config">\n<h2>Configuration</h2>\n'
+        f'<ul class="config">\n{rows}</ul>\n</section>\n'
+    )

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG that takes its colours and its font from the page, or as PNG files."""
+"""The report's figures, as SVG with the colours and the font of the page, or as PNG files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microtome.errors import PackageError
 
-# matplotlib draws in these; `svg` swaps them for the page's own, so one figure serves light and dark.
+# matplotlib draws in these; `svg` swaps them for the page's, so one figure does light and dark.
 _INK, _GRID, _FIRST, _SECOND = "#010203", "#040506", "#070809", "#0a0b0c"
 _PAGE = {
     _INK: "var(--soft)",
@@ -110,7 +110,8 @@ def curve(history: Sequence[dict[str, Any]], key: str = "fvu") -> Figure:
     return Figure(
         "fvu",
         "Fraction of variance unexplained, by training step",
-        "Fraction of variance unexplained (FVU) of the training batches. Logarithmic; lower is better.",
+        "Fraction of variance unexplained (FVU): line, training batches; dots, held-out tokens. "
+        "Logarithmic; lower is better.",
         draw,
     )
 
@@ -160,7 +161,7 @@ def density(share: Tensor) -> Figure:
     return Figure(
         "density",
         "Histogram of log10 firing frequency",
-        f"How often each feature fires: -2 means on 1 token in 100. {never:,} never fired on this text.",
+        f"How often each feature fires: -2 means on 1 token in 100. {never:,} never fired here.",
         draw,
     )
 

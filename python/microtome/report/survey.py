@@ -26,8 +26,8 @@ class Rows(Protocol):
 class Survey:
     """Firing statistics of every feature over the rows of a store, first positions left out.
 
-    The first position of a context is an attention sink in most transformers: its activation is far larger than any
-    other and the same whatever the text says, so it would crowd out every other peak.
+    The first position of a context is an attention sink in many transformers: its activation is
+    far larger than any other whatever the text says, and would crowd out every other peak.
 
     Attributes:
         n_rows: rows counted.
@@ -35,12 +35,13 @@ class Survey:
         firings: [f] int64, rows on which the feature's activation is positive.
         maximum: [f] float32, the largest activation, in units of the unit-norm decoder rows.
         total: [f] float64, the sum of the activations.
-        token_types: [f] float32, exp of the entropy of the feature's activation over token types: 1 means that one
-            token carries it all, 5 that it is spread as over five equal ones.
+        token_types: [f] float32, exp of the entropy of the feature's activation over token types:
+            1 means that one token carries it all, 5 that it is spread as over five equal ones.
         contexts_fired: [f] int64, contexts in which it fires at all.
-        peak_rows: [f, c] int64, rows of the c largest activations, one a context at most; -1 where there are fewer.
-        pairs: (feature * vocabulary + token) and the activation they share, both [m], sorted by key.
-        vocabulary: one more than the largest token.
+        peak_rows: [f, c] int64, rows of the c largest activations, one a context at most; -1 where
+            there are fewer.
+        pairs: keys feature * vocabulary + token, sorted, and the activation of each, both [m].
+        vocabulary: more than any token.
     """
 
     n_rows: int
@@ -60,7 +61,7 @@ class Survey:
         return self.firings.double() / max(self.n_rows, 1)
 
     def top_tokens(self, feature: int, count: int = 3) -> list[tuple[int, float]]:
-        """The token types that carry most of a feature's activation: (token, share of the total)."""
+        """The token types that carry most of a feature's activation, each with its share."""
         keys, weights = self.pairs
         low, high = torch.searchsorted(
             keys, torch.tensor([feature * self.vocabulary, (feature + 1) * self.vocabulary])
@@ -100,8 +101,8 @@ def survey(
         progress: show a progress bar.
 
     Returns:
-        A Survey. Memory: O(f * peaks) plus one number for each (feature, token type) pair that occurs; the [rows, f]
-        code is never formed.
+        A Survey. Memory: O(f * peaks) plus one number for each (feature, token type) pair that
+        occurs; the [rows, f] code is never formed.
 
     Raises:
         ArgumentError: peaks is less than 1.

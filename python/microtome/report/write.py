@@ -29,7 +29,7 @@ class Run:
         sae: the trained SAE.
         config: the training configuration, as in config.json.
         history: the lines of log.jsonl.
-        evaluation: fvu, l0, dead_fraction, n_rows and, where a model was at hand, the cross-entropies.
+        evaluation: fvu, l0, dead_fraction, n_rows and, where there was a model, cross-entropies.
     """
 
     sae: Any
@@ -55,7 +55,7 @@ class Run:
         lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return cls(
             sae=SAE.from_pretrained(path / "sae"),
-            config=_json(path / "config.json"),
+            config=_json(path / "config.json").get("config", {}),
             history=[json.loads(line) for line in lines if line.strip()],
             evaluation=_json(path / EVALUATION) or _json(path / "metrics.json"),
         )
@@ -74,7 +74,7 @@ def write_report(
     """Write the report of a run as one HTML file, and its figures as PNG files beside it.
 
     Args:
-        run: a run directory, as `train` leaves it; evaluation.json in it is preferred to metrics.json.
+        run: a run directory, as `train` leaves it; evaluation.json in it goes before metrics.json.
         store: the activations to look for features in, with `manifest`, `rows` and `tokens`.
         out: the HTML file; its directory is made.
         about: what the text is, and each token's text.
@@ -119,11 +119,11 @@ def write_report(
         rule=choice.rule,
         features=describe(loaded.sae, store, found, choice),
         text=about.token,
-        config=[(name, _short(value)) for name, value in _flat(loaded.config)],
+        config=[(name, _short(value)) for name, value in loaded.config.items()],
         footer=(
             f"Written by microtome {microtome.__version__} with torch {torch.__version__}, "
-            f"Python {sys.version.split()[0]}. Features were surveyed on {found.n_rows:,} tokens; the first "
-            f"token of every context of {found.context_length} is left out."
+            f"Python {sys.version.split()[0]}. Features were surveyed on {found.n_rows:,} tokens, "
+            f"those of training among them; the first token of every context of {found.context_length} is left out."
         ),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def metrics(evaluation: dict[str, Any]) -> list[Metric]:
             "{:.3f}",
             "Fraction of variance unexplained: the squared error of the reconstruction over the "
             "variance of the activations. 0 is perfect, 1 no better than their mean.",
-            "Whether the part that is lost matters to the model, or whether a feature means anything.",
+            "Whether what is lost matters to the model, or whether a feature means anything.",
         ),
         (
             "l0",
@@ -184,7 +184,7 @@ def metrics(evaluation: dict[str, Any]) -> list[Metric]:
             "Dead latents",
             "{:.1%}",
             "Share of latents that fired on none of the held-out tokens.",
-            "That they are useless: on little text a rare feature looks dead, and a live one may be noise.",
+            "That they are useless: on little text a rare one looks dead, a live one may be noise.",
         ),
         (
             "ce_clean",
@@ -228,16 +228,6 @@ def _metrics_note(evaluation: dict[str, Any], model: str) -> str:
     spliced = evaluation.get("ce_tokens")
     more = f"; the losses on {spliced:,} of them" if spliced else ""
     return f"{on}{more}, {model}."
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            out += _flat(value, f"{prefix}{name}.")
-        else:
-            out.append((prefix + name, value))
-    return out
 
 
 def _short(value: Any) -> str:
