@@ -1,0 +1,256 @@
+"""The demo: a language model, a text, a sparse autoencoder and a report, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from microtome.errors import ArgumentError
+from microtome.models import ActivationStore, LoadedModel, capture, corpus, tokenise
+from microtome.report import About, write_report
+from microtome.report.write import EVALUATION
+from microtome.sae import SAE, TopK, TrainConfig, train
+from microtome.workflow import capture_text, measure, open_model, table
+
+CONTEXT_LENGTH = 128
+HELD_OUT = 0.1
+BATCH = 1024
+# Share of the time limit given to a stage; what is left is for loading, measuring and the report.
+CAPTURE_SHARE, TRAIN_SHARE, SPLICE_SHARE = 0.38, 0.3, 0.1
+MOST_TOKENS, MOST_STEPS, MOST_CONTEXTS = 100_000, 3_000, 32
+_STATE = "demo.json"
+_MADE = (
+    "store",
+    "run",
+    _STATE,
+    "report.html",
+    "fvu.png",
+    "density.png",
+    "dead.png",
+    "alignment.png",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None leaves a size to the time limit."""
+
+    model: str = "auto"
+    text: str = "auto"
+    features: int = 8192
+    k: int = 32
+    tokens: int | None = None
+    steps: int | None = None
+
+
+class _Stages:
+    """Says where the demo is, and keeps in demo.json what was decided, for a later call."""
+
+    def __init__(
+        self, request: Request, out: Path, minutes: float, show: Callable[[str], None]
+    ) -> None:
+        self.out, self.minutes, self.show = out, minutes, show
+        self.began = time.monotonic()
+        self.state: dict[str, Any] = {"request": asdict(request)}
+        file = out / _STATE
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["request"] != self.state["request"]:
+                changed = [
+                    n for n, v in self.state["request"].items() if kept["request"].get(n) != v
+                ]
+                msg = (
+                    f"demo: {out} holds a demo with another {', '.join(changed)}. "
+                    "Give another --out, or --fresh to throw it away."
+                )
+                raise ArgumentError(msg)
+            self.state = kept
+
+    def say(self, text: str) -> None:
+        seconds = int(time.monotonic() - self.began)
+        self.show(f"[{seconds // 60}:{seconds % 60:02d}] {text}")
+
+    def seconds(self, share: float) -> float:
+        return share * self.minutes * 60
+
+    def decide(self, name: str, value: Callable[[], Any]) -> Any:
+        """A size decided once: a later call of the same demo reads it, and measures nothing."""
+        if name not in self.state:
+            self.state[name] = value()
+            partial = self.out / (_STATE + ".partial")
+            partial.write_text(json.dumps(self.state, indent=2), encoding="utf-8")
+            partial.replace(self.out / _STATE)
+        return self.state[name]
+
+
+def demo(
+    request: Request,
+    out: Path,
+    *,
+    minutes: float = 10.0,
+    fresh: bool = False,
+    show: Callable[[str], None] = print,
+) -> Path:
+    """Run the whole demo; stages that an earlier call finished are not repeated.
+
+    Args:
+        request: model, text and sizes.
+        out: folder for all results.
+        minutes: time limit, by which tokens and steps are chosen from speeds measured here. It is
+            kept roughly: a machine that slows down in mid-run takes longer.
+        fresh: throw away what an earlier demo left in `out`.
+        show: what prints a line.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ArgumentError: `out` holds a demo of another request, or minutes is not positive.
+        PackageError: a model that was asked for by name is not installed.
+    """
+    if not minutes > 0:
+        msg = f"demo: minutes must be above 0, got minutes={minutes}."
+        raise ArgumentError(msg)
+    if fresh:
+        _throw_away(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(request, out, minutes, show)
+    stages.say(f"microtome demo: about {minutes:g} minutes, results in {out}/")
+    loaded = open_model(stages.state.get("model", request.model))
+    notes = stages.decide("notes", lambda: _notes(loaded))
+    stages.decide("model", lambda: loaded.name)
+    for note in notes:
+        stages.say(note)
+    stages.say(f"model: {loaded.description}; site {loaded.site_default}")
+    store = _capture(stages, request, loaded, notes)
+    rows, held_out = store.split(HELD_OUT)
+    sae = _train(stages, request, rows, held_out)
+    file = out / "run" / EVALUATION
+    if file.exists():
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+        stages.say("evaluation: done before")
+    else:
+        numbers = _evaluate(stages, sae, held_out, loaded)
+        file.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    stages.say("report: looking for the features' highest activations in the whole text")
+    report = write_report(out / "run", store, out / "report.html", about=About.read(out / "store"))
+    stages.say("done")
+    k, f = request.k, sae.n_features
+    show(f"\n{loaded.description}, {loaded.site_default}, {len(store):,} tokens, f={f:,}, k={k}")
+    show(table(numbers))
+    show(f"\nOpen {report.resolve()}\nPictures, the store and the run lie beside it.")
+    return report
+
+
+def _throw_away(out: Path) -> None:
+    """Remove what a demo makes, and nothing else that lies in the folder."""
+    for name in _MADE:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _notes(loaded: LoadedModel) -> list[str]:
+    """What a reader must know about a model that stands in for another."""
+    notes = list(loaded.skipped)
+    if notes:
+        notes.append(f"So this is {loaded.description} instead.")
+    if loaded.name == "toy":
+        notes.append(
+            "The toy model's weights are random: its features show that all works, no more."
+        )
+    if not loaded.causal_lm:
+        notes.append("This model predicts no next token, so there is no cross-entropy to recover.")
+    return notes
+
+
+def _capture(
+    stages: _Stages, request: Request, loaded: LoadedModel, notes: list[str]
+) -> ActivationStore:
+    path = stages.out / "store"
+    if "captured" in stages.state:
+        store = ActivationStore(path)
+        stages.say(f"capture: done before, {len(store):,} tokens in {path}")
+        return store
+    text = corpus(request.text)
+    speed = stages.decide("tokens_per_second", lambda: _capture_speed(loaded, text.text))
+    affordable = int(speed * stages.seconds(CAPTURE_SHARE))
+    tokens = request.tokens or max(16 * CONTEXT_LENGTH, min(MOST_TOKENS, affordable))
+    cut = tokenise(loaded.tokenizer, text.text, CONTEXT_LENGTH, tokens)
+    stages.say(
+        f"capture: {cut.numel():,} tokens of {text.description}, "
+        f"about {cut.numel() / speed / 60:.1f} minutes at {speed:,.0f} tokens/s"
+    )
+    shutil.rmtree(path, ignore_errors=True)  # an interrupted capture: its rows cannot be continued
+    store = capture_text(loaded, text, cut, loaded.site_default, path, notes=notes)
+    stages.decide("captured", lambda: len(store))
+    return store
+
+
+def _capture_speed(loaded: LoadedModel, text: str) -> float:
+    """Tokens a second up to the site, over two batches after one that warms up."""
+    tokens = tokenise(loaded.tokenizer, text, CONTEXT_LENGTH, 8 * CONTEXT_LENGTH)
+    capture(loaded.model, loaded.site_default, tokens)
+    start = time.monotonic()
+    for _ in range(2):
+        capture(loaded.model, loaded.site_default, tokens)
+    return 2 * tokens.numel() / (time.monotonic() - start)
+
+
+def _train(stages: _Stages, request: Request, rows: Any, held_out: Any) -> SAE:
+    path = stages.out / "run"
+    if "trained" in stages.state:
+        stages.say(f"train: done before, the SAE is in {path / 'sae'}")
+        return SAE.from_pretrained(path / "sae")
+    sae = SAE(rows.d, request.features, TopK(request.k))
+    batch = min(BATCH, len(rows))
+    steps = stages.decide(
+        "steps", lambda: request.steps or _affordable_steps(stages, sae, rows, batch)
+    )
+    stages.say(
+        f"train: TopK SAE, d={rows.d}, f={request.features:,}, k={request.k}, {steps:,} steps of "
+        f"{batch:,} tokens ({steps * batch / len(rows):.0f} passes over {len(rows):,} tokens); "
+        f"{len(held_out):,} are held out"
+    )
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch,
+        lr=8e-4,
+        warmup_steps=min(50, steps),
+        decay_fraction=0.3,
+        dead_after_tokens=100 * batch,
+        eval_every=max(1, steps // 10),
+        checkpoint_every=max(1, steps // 4),
+    )
+    result = train(sae, rows, config, held_out=held_out, out=path)
+    stages.decide("trained", lambda: steps)
+    return result.sae
+
+
+def _affordable_steps(stages: _Stages, sae: SAE, rows: Any, batch: int) -> int:
+    """Steps that fit the time, by the speed of a few steps of a throw-away SAE."""
+    trial = SAE(sae.d_model, sae.n_features, sae.activation)
+    steps = 6
+    config = TrainConfig(
+        steps=steps, batch_size=batch, warmup_steps=0, log_every=1, b_dec_init="mean"
+    )
+    result = train(trial, rows, config, progress=False)
+    speed = max(line["tokens_per_second"] for line in result.history) / batch
+    stages.say(f"one training step takes {1000 / speed:.0f} ms here")
+    return max(100, min(MOST_STEPS, int(speed * stages.seconds(TRAIN_SHARE))))
+
+
+def _evaluate(stages: _Stages, sae: SAE, held_out: Any, loaded: LoadedModel) -> dict[str, Any]:
+    # A clean, a spliced and a zeroed forward, through a model about three times as deep.
+    affordable = stages.state["tokens_per_second"] * stages.seconds(SPLICE_SHARE) / 10
+    contexts = max(2, min(MOST_CONTEXTS, int(affordable / CONTEXT_LENGTH)))
+    what = f", and the model's loss on {contexts} contexts with the reconstruction spliced in"
+    stages.say(f"evaluate: held-out tokens{what if loaded.causal_lm else ''}")
+    return measure(sae, held_out, loaded, loaded.site_default, contexts)
