@@ -109,4 +109,16 @@ def _fake(
     return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape), x.new_empty(values.shape)
 
 
-_loss = Op(sae_loss_reference, fake=_fake, backward=_backward, setup_context=_setup_context)
+def _why_not_triton(x: Tensor, *rest: Tensor | None) -> str | None:
+    if x.shape[1] > 16384:
+        return f"d={x.shape[1]} (a program holds a row of up to 16384)"
+    return why_not_common("triton", (x, *rest), (torch.float32, torch.bfloat16, torch.float16))
+
+
+_loss = Op(
+    sae_loss_reference,
+    fake=_fake,
+    backends=(Backend("triton", "microtome.kernels.sae_loss:launch", _why_not_triton),),
+    backward=_backward,
+    setup_context=_setup_context,
+)

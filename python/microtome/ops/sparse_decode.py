@@ -102,18 +102,26 @@ def _why_not(backend: str, *tensors: Tensor | None) -> str | None:
     return why_not_common(backend, tensors, _FLOATS)
 
 
+def _why_not_triton(*args: object) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return why_not_common("triton", tensors, (*_FLOATS, torch.float16))
+
+
 _KERNEL = "microtome.kernels.sparse_decode:"
 _grad_values = Op(
     sparse_decode_grad_values_reference,
     fake=lambda grad_out, indices, W_dec: grad_out.new_empty(indices.shape),
+    backends=(Backend("triton", _KERNEL + "launch_grad_values", _why_not_triton),),
 )
 _grad_W_dec = Op(
     sparse_decode_grad_W_dec_reference,
     fake=lambda values, indices, grad_out, f: values.new_empty(f, grad_out.shape[1]),
+    backends=(Backend("triton", _KERNEL + "launch_grad_W_dec", _why_not_triton),),
 )
 _decode = Op(
     sparse_decode_reference,
     fake=lambda values, indices, W_dec, b_dec: values.new_empty(values.shape[0], W_dec.shape[1]),
+    backends=(Backend("triton", _KERNEL + "launch", _why_not_triton),),
     backward=_backward,
     setup_context=_setup_context,
 )

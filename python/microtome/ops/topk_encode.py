@@ -150,4 +150,14 @@ def _fake(x: Tensor, W_enc: Tensor, *args: object) -> tuple[Tensor, Tensor, Tens
     return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)  # type: ignore[arg-type]
 
 
-_encode = Op(topk_encode_reference, fake=_fake, backward=_backward, setup_context=_setup_context)
+def _why_not_triton(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, *_: object) -> str | None:
+    return why_not_common("triton", (x, W_enc, b_enc, b_dec), (torch.float32, torch.bfloat16, torch.float16))
+
+
+_encode = Op(
+    topk_encode_reference,
+    fake=_fake,
+    backends=(Backend("triton", "microtome.kernels.topk_encode:launch", _why_not_triton),),
+    backward=_backward,
+    setup_context=_setup_context,
+)
