@@ -137,10 +137,19 @@ def _why_not(backend: str, x: Tensor, *code: Tensor | None) -> str | None:
     return why_not_code(backend, *code, x)
 
 
+def _why_not_triton(x: Tensor, *rest: Tensor | None) -> str | None:
+    if x.shape[1] > 16384:
+        return f"d={x.shape[1]} (a program holds a row of up to 16384)"
+    return why_not_common("triton", (x, *rest), (torch.float32, torch.bfloat16, torch.float16))
+
+
 _loss = Op(
     sae_loss_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu_loss", partial(_why_not, "cpu"))],
+    backends=(
+        Backend("triton", "microtome.kernels.sae_loss:launch", _why_not_triton),
+        Backend("cpu", f"{__name__}:_cpu_loss", partial(_why_not, "cpu")),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )

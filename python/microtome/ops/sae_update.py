@@ -237,9 +237,21 @@ def _why_not_cpu(*args: object) -> str | None:
     return None
 
 
+def _why_not_triton(*args: object) -> str | None:
+    x, kind, shadow = args[10], args[23], args[24]
+    if isinstance(x, Tensor) and x.shape[1] > 16384:
+        return f"d={x.shape[1]} (a program holds a row of up to 16384)"
+    if shadow is not None and kind != "bf16":
+        return f"screen kind {kind!r} (refreshes 'bf16')"
+    return why_not_common("triton", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
+
+
 _update = Op(
     sae_update_reference,
     fake=_fake,
-    backends=[Backend("cpu", "microtome.ops.sae_update:sae_update_cpu", _why_not_cpu)],
+    backends=(
+        Backend("triton", "microtome.kernels.sae_update:launch", _why_not_triton),
+        Backend("cpu", "microtome.ops.sae_update:sae_update_cpu", _why_not_cpu),
+    ),
     mutates=_MUTATED,
 )

@@ -173,8 +173,16 @@ def _cpu_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -
     return out
 
 
-def _cpu(function: str) -> list[Backend]:
-    return [Backend("cpu", f"{__name__}:{function}", partial(why_not_code, "cpu"))]
+def _why_not_triton(*args: object) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return why_not_common("triton", tensors, (*_FLOATS, torch.float16))
+
+
+def _native_backends(triton: str, cpu: str) -> list[Backend]:
+    return [
+        Backend("triton", f"microtome.kernels.sparse_decode:{triton}", _why_not_triton),
+        Backend("cpu", f"{__name__}:{cpu}", partial(why_not_code, "cpu")),
+    ]
 
 
 def _save_tensors(
@@ -212,21 +220,21 @@ def _grad_W_dec_backward(
 _grad_values = Op(
     sparse_decode_grad_values_reference,
     fake=lambda grad_out, indices, W_dec: grad_out.new_empty(indices.shape),
-    backends=_cpu("_cpu_grad_values"),
+    backends=_native_backends("launch_grad_values", "_cpu_grad_values"),
     backward=_grad_values_backward,
     setup_context=_save_tensors,
 )
 _grad_W_dec = Op(
     sparse_decode_grad_W_dec_reference,
     fake=lambda values, indices, grad_out, f: values.new_empty(f, grad_out.shape[1]),
-    backends=_cpu("_cpu_grad_W_dec"),
+    backends=_native_backends("launch_grad_W_dec", "_cpu_grad_W_dec"),
     backward=_grad_W_dec_backward,
     setup_context=_save_tensors,
 )
 _decode = Op(
     sparse_decode_reference,
     fake=lambda values, indices, W_dec, b_dec: values.new_empty(values.shape[0], W_dec.shape[1]),
-    backends=_cpu("_cpu_decode"),
+    backends=_native_backends("launch", "_cpu_decode"),
     backward=_backward,
     setup_context=_setup_context,
 )

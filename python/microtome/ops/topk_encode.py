@@ -225,10 +225,17 @@ def _fake(x: Tensor, W_enc: Tensor, *args: object) -> tuple[Tensor, Tensor, Tens
     return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)  # type: ignore[arg-type]
 
 
+def _why_not_triton(*args: Tensor | None) -> str | None:
+    return why_not_common("triton", args[:4], (torch.float32, torch.bfloat16, torch.float16))
+
+
 _encode = Op(
     topk_encode_reference,
     fake=_fake,
-    backends=(Backend("cpu", "microtome.ops.topk_encode:_cpu", _why_not_cpu),),
+    backends=(
+        Backend("triton", "microtome.kernels.topk_encode:launch", _why_not_triton),
+        Backend("cpu", "microtome.ops.topk_encode:_cpu", _why_not_cpu),
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -1,0 +1,144 @@
+"""Sums over the entries of each latent: sorted, long segments split into fixed chunks, no float atomics.
+
+Entries are the (row, slot) pairs of a code, sorted stably by latent. A segment longer than CHUNK has its full chunks
+summed first, each on its own; the latent's program then adds those partial sums in order and the remaining entries
+after them. The chunks depend on the offsets alone, so the order of every sum is fixed.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 128  # entries summed in sequence
+
+
+class Segments(NamedTuple):
+    """Entries sorted by latent.
+
+    Attributes:
+        order: [m] int64, the entry at each sorted place.
+        latents: [m] int32, ascending.
+        offsets: [f + 1] int64, where each latent's entries begin; the last is m.
+    """
+
+    order: Tensor
+    latents: Tensor
+    offsets: Tensor
+
+
+def sort_by_latent(latents: Tensor, f: int) -> Segments:
+    """Sort flat latent numbers, keeping entries of one latent in their order."""
+    ordered, order = torch.sort(latents.int(), stable=True)
+    bounds = torch.arange(f + 1, dtype=torch.int32, device=latents.device)
+    return Segments(order, ordered, torch.searchsorted(ordered, bounds))
+
+
+def slots(entries: int) -> int:
+    """Partial sums that `entries` entries can need: full chunks are disjoint, and each has its own slot."""
+    return -(-entries // CHUNK)
+
+
+def tile(
+    rows: int, d: int, interpreted: bool, widest: int = 16384, size: int = 2048
+) -> tuple[int, int]:
+    """Rows and columns a program works on: `size` elements, many more where every program costs milliseconds.
+
+    The columns are at most `widest`; the sums do not depend on the number of rows.
+    """
+    columns = min(triton.next_power_of_2(max(d, 16)), widest)
+    room = max((1 << 17 if interpreted else size) // columns, 1)
+    return min(triton.next_power_of_2(max(rows, 1)), room), columns
+
+
+@triton.jit
+def add_entries(acc, weight, source, table, aux, begin, end, column, n, d):
+    """Add weight[e] * row source[e] of `table` for e in [begin, end); sources from n on are rows of `aux`.
+
+    acc is [BL, BD]; begin and end are [BL].
+    """
+    inside = (column < d)[None, :]
+    for i in range(0, tl.max(end - begin, 0)):
+        entry = begin + i
+        live = entry < end
+        row = tl.load(source + entry, mask=live, other=0).to(tl.int64)
+        w = tl.load(weight + entry, mask=live, other=0.0)
+        live = live & (w != 0.0)
+        main = (live & (row < n))[:, None] & inside
+        other = (live & (row >= n))[:, None] & inside
+        rows = tl.load(table + row[:, None] * d + column[None, :], mask=main, other=0.0).to(
+            tl.float32
+        )
+        rows += tl.load(aux + (row[:, None] - n) * d + column[None, :], mask=other, other=0.0).to(
+            tl.float32
+        )
+        acc += w[:, None] * rows
+    return acc
+
+
+@triton.jit
+def add_partials(acc, partial, begin, end, column, d, CHUNK: tl.constexpr):
+    """Add the full chunks of [begin, end) from their slots. Returns acc and the first entries not yet added."""
+    full = tl.where(end - begin > CHUNK, (end - begin) // CHUNK, 0)  # [BL]
+    for i in range(0, tl.max(full, 0)):
+        slot = (begin + i * CHUNK + CHUNK - 1) // CHUNK
+        mask = (i < full)[:, None] & (column < d)[None, :]
+        acc += tl.load(partial + slot[:, None] * d + column[None, :], mask=mask, other=0.0)
+    return acc, begin + full * CHUNK
+
+
+@triton.jit
+def _chunk_kernel(
+    weight, source, latents, offsets, table, aux, partial, entries, n, d,
+    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    # A chunk [a, a + CHUNK) has slot ceil(a / CHUNK), so it contains the entry slot * CHUNK.
+    slot = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    entry = slot * CHUNK
+    valid = entry < entries
+    latent = tl.load(latents + entry, mask=valid, other=0).to(tl.int64)
+    begin = tl.load(offsets + latent)
+    end = tl.load(offsets + latent + 1)
+    first = begin + tl.where(valid, (entry - begin) // CHUNK * CHUNK, 0)
+    valid = valid & (end - begin > CHUNK) & (first + CHUNK <= end)
+    last = tl.where(valid, first + CHUNK, first)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    acc = tl.zeros((BL, BD), tl.float32)
+    acc = add_entries(acc, weight, source, table, aux, first, last, column, n, d)
+    tl.store(
+        partial + slot[:, None] * d + column[None, :],
+        acc,
+        mask=valid[:, None] & (column < d)[None, :],
+    )
+
+
+def partial_sums(
+    segments: Segments, weight: Tensor, source: Tensor, table: Tensor, aux: Tensor
+) -> Tensor:
+    """Sum the full chunks of long segments.
+
+    Args:
+        segments: the sorted entries, m of them.
+        weight: [m] float32 in sorted order.
+        source: [m] int32, a row of `table`, or n plus a row of `aux`.
+        table: [n, d] contiguous.
+        aux: [n, d] contiguous.
+
+    Returns:
+        [ceil(m / CHUNK), d] float32; slots without a full chunk are not written, and not read by `add_partials`.
+    """
+    n, d = table.shape
+    m = weight.numel()
+    partial = torch.empty(max(slots(m), 1), d, dtype=torch.float32, device=table.device)
+    if m > CHUNK:
+        BL, BD = tile(slots(m), d, not table.is_cuda, 1024, 1024)
+        _chunk_kernel[(triton.cdiv(slots(m), BL), triton.cdiv(d, BD))](
+            weight, source, segments.latents, segments.offsets, table, aux, partial, m, n, d,
+            CHUNK=CHUNK, BL=BL, BD=BD, enable_fp_fusion=True,
+        )  # fmt: skip
+    return partial

@@ -1,0 +1,321 @@
+"""From candidate lists to the answer of `topk_encode`: float32 values, the k best in order, verification, repair."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = (1, 32)  # rows and candidates computed together
+WIDTH = 128  # columns of x read at a time
+BLOCK = 64  # candidates compared with as many others
+SCAN = 256  # features of a repaired row looked at together
+
+
+class Lists:
+    """Candidates of some rows.
+
+    Attributes:
+        theta: [rows] float32 thresholds; -inf until predicted.
+        count: [rows] int32, features that passed, also those beyond the capacity.
+        index: [rows, capacity] int32 and value, float32: the candidates in no particular order.
+        failed: [rows] int32, rows to repair, and failures, [1] int32, how many.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.theta = torch.full((rows,), float("-inf"), dtype=torch.float32, device=device)
+        self.count = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.index = torch.empty(rows, capacity, dtype=torch.int32, device=device)
+        self.value = torch.empty(rows, capacity, dtype=torch.float32, device=device)
+        self.failed = torch.empty(rows, dtype=torch.int32, device=device)
+        self.failures = torch.zeros(1, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _order(value):
+    """float32 as an int32 of the same order; -0.0 counts as 0.0."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _unorder(order):
+    """The float32 that `_order` made an integer of."""
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _key(value, index):
+    """An integer above -2^62 that orders by value, then by the lower index."""
+    return (_order(value).to(tl.int64) << 31) | (2147483647 - index.to(tl.int64))
+
+
+@triton.jit
+def _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
+          BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """float32 pre-activations [BN, BC] of rows [BN]; the same sum whichever features stand beside a feature."""
+    acc = tl.zeros((BN, BC, BD), tl.float32)
+    x_row = x + row[:, None] * d
+    w_row = W + feature.to(tl.int64)[:, :, None] * d
+    for start in range(0, d, BD):
+        i = start + tl.arange(0, BD)
+        c = tl.load(x_row + i[None, :], mask=(i < d)[None, :], other=0.0).to(tl.float32)  # [BN, BD]
+        if HAS_B_DEC:
+            c -= tl.load(b_dec + i, mask=i < d, other=0.0).to(tl.float32)[None, :]
+        w = tl.load(
+            w_row + i[None, None, :], mask=live[:, :, None] & (i < d)[None, None, :], other=0.0
+        )
+        acc += c[:, None, :] * w.to(tl.float32)
+    value = tl.sum(acc, 2)
+    if HAS_BIAS:
+        value += tl.load(bias + feature, mask=live, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _threshold_kernel(maxima, theta, rows, groups, rank, BN: tl.constexpr, BG: tl.constexpr):
+    """theta = the rank-th largest of the row's maxima, found bit by bit from the highest."""
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    column = tl.arange(0, BG)
+    mask = (row < rows)[:, None] & (column < groups)[None, :]
+    value = tl.load(
+        maxima + row[:, None] * groups + column[None, :], mask=mask, other=float("-inf")
+    )
+    order = _order(value).to(tl.int64) + 2147483648  # [BN, BG], in [0, 2^32)
+    found = tl.full((BN,), 0, tl.int64)
+    bit = tl.full((BN,), 2147483648, tl.int64)
+    for _ in range(32):
+        above = tl.sum((order >= (found | bit)[:, None]).to(tl.int32), 1)
+        found = tl.where(above >= rank, found | bit, found)
+        bit = bit >> 1
+    tl.store(theta + row, _unorder((found - 2147483648).to(tl.int32)), mask=row < rows)
+
+
+@triton.jit
+def _value_kernel(
+    x, b_dec, W, bias, count, index, value, rows, d, capacity, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BC
+    at = (first + tl.arange(0, BC))[None, :]
+    listed = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
+    if first >= tl.max(listed, 0):
+        return
+    live = at < listed[:, None]  # [BN, BC]
+    place = row[:, None] * capacity + at
+    if ALL:
+        feature = at + tl.full((BN, BC), 0, tl.int32)
+        tl.store(index + place, feature, mask=live)
+    else:
+        feature = tl.load(index + place, mask=live, other=0)
+    row = tl.where(row < rows, row, 0)
+    result = _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC, HAS_BIAS, BN, BC, BD)
+    tl.store(value + place, result, mask=live)
+
+
+@triton.jit
+def _select_kernel(
+    theta, count, index, value, failed, failures, values, indices, candidates, rows, k, f, capacity,
+    LISTED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Place each candidate by the number of better ones; check that the row lost none. LISTED: the failed rows."""
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    live = row < rows
+    if LISTED:
+        failing = tl.load(failures)
+        if tl.program_id(0) * BN >= failing:
+            return
+        live = row < failing
+        row = tl.load(failed + row, mask=live, other=0).to(tl.int64)
+    passed = tl.load(count + row, mask=live, other=0)
+    listed = tl.minimum(passed, capacity)[:, None]
+    most = tl.max(tl.max(listed, 1), 0)
+    threshold = tl.load(theta + row, mask=live, other=0.0)[:, None]
+    reached = tl.full((BN,), 0, tl.int32)
+    for first in range(0, most, BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        mine = tl.load(
+            value + row[:, None] * capacity + at, mask=at < listed, other=0.0
+        )  # [BN, BC]
+        feature = tl.load(index + row[:, None] * capacity + at, mask=at < listed, other=0)
+        key = _key(mine, feature)
+        better = tl.full((BN, BC), 0, tl.int32)
+        for other in range(0, most, BC):
+            at_other = (other + tl.arange(0, BC))[None, :]
+            place = row[:, None] * capacity + at_other
+            their = tl.load(value + place, mask=at_other < listed, other=0.0)
+            their_key = _key(their, tl.load(index + place, mask=at_other < listed, other=0))
+            their_key = tl.where(at_other < listed, their_key, -4611686018427387905)
+            better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
+        chosen = (at < listed) & (better < k)
+        place = row[:, None] * k + better
+        tl.store(values + place, mine.to(values.dtype.element_ty), mask=chosen)
+        tl.store(indices + place, feature, mask=chosen)
+        reached += tl.sum((chosen & (mine >= threshold)).to(tl.int32), 1)
+    if LISTED:
+        tl.store(candidates + row, tl.full((BN,), 0, tl.int32) + f, mask=live)
+    else:
+        tl.store(candidates + row, passed, mask=live)
+        fails = live & ((reached < k) | (passed > capacity))
+        at = tl.atomic_add(
+            failures + tl.full((BN,), 0, tl.int32), fails.to(tl.int32), mask=fails, sem="relaxed"
+        )
+        tl.store(failed + at, row.to(tl.int32), mask=fails)
+
+
+@triton.jit
+def _repair_value_kernel(
+    x, b_dec, W, bias, failed, failures, scratch, f, d, slots,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Pre-activations of all features, as ordered integers, for the first `slots` failed rows."""
+    feature = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+    for slot in range(0, tl.minimum(tl.load(failures), slots)):
+        row = tl.load(failed + slot + tl.arange(0, 1)).to(tl.int64)
+        result = _dots(
+            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
+        )
+        tl.store(scratch + tl.cast(slot, tl.int64) * f + feature, _order(result), mask=feature < f)
+
+
+@triton.jit
+def _repair_pick_kernel(
+    x, b_dec, W, bias, failed, failures, scratch, count, index, value, f, d, k, capacity, slots,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Make the k best of all features the failed row's candidates."""
+    slot = tl.program_id(0)
+    scratch += slot.to(tl.int64) * f
+    for turn in range(slot, tl.load(failures), slots):
+        row = tl.load(failed + turn).to(tl.int64)
+        if turn >= slots:  # beyond what _repair_value_kernel computed
+            tl.debug_barrier()
+            for first in range(0, f, BC):
+                feature = (first + tl.arange(0, BC))[None, :]
+                which = row + tl.zeros((1,), tl.int64)
+                result = _dots(
+                    x,
+                    b_dec,
+                    W,
+                    bias,
+                    which,
+                    feature,
+                    feature < f,
+                    d,
+                    HAS_B_DEC,
+                    HAS_BIAS,
+                    1,
+                    BC,
+                    BD,
+                )
+                tl.store(scratch + feature, _order(result), mask=feature < f)
+            tl.debug_barrier()
+        found = tl.full((), 0, tl.int64)
+        for i in range(8):  # the k-th largest, four bits at a time from the highest
+            trial = found | (tl.arange(0, 16).to(tl.int64) << (28 - 4 * i))
+            above = tl.full((16,), 0, tl.int32)
+            for first in range(0, f, BF):
+                feature = first + tl.arange(0, BF)
+                order = (
+                    tl.load(scratch + feature, mask=feature < f, other=0).to(tl.int64) + 2147483648
+                )
+                order = tl.where(feature < f, order, -1)
+                above += tl.sum((order[None, :] >= trial[:, None]).to(tl.int32), 1)
+            digit = tl.sum((above >= k).to(tl.int32), 0) - 1
+            found = found | (digit.to(tl.int64) << (28 - 4 * i))
+        kth = (found - 2147483648).to(tl.int32)
+        above = tl.full((), 0, tl.int32)
+        for first in range(0, f, BF):
+            feature = first + tl.arange(0, BF)
+            order = tl.load(scratch + feature, mask=feature < f, other=0)
+            above += tl.sum(((order > kth) & (feature < f)).to(tl.int32), 0)
+        taken = tl.full((), 0, tl.int32)
+        ties = tl.full((), 0, tl.int32)
+        for first in range(0, f, BF):
+            feature = first + tl.arange(0, BF)
+            order = tl.load(scratch + feature, mask=feature < f, other=0)
+            tie = ((order == kth) & (feature < f)).to(tl.int32)
+            lower = ties + tl.cumsum(tie, 0) - tie
+            take = ((order > kth) & (feature < f)) | ((tie == 1) & (lower < k - above))
+            at = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+            tl.store(index + row * capacity + at, feature, mask=take)
+            tl.store(value + row * capacity + at, _unorder(order), mask=take)
+            taken += tl.sum(take.to(tl.int32), 0)
+            ties += tl.sum(tie, 0)
+        tl.store(count + row, k)
+
+
+def threshold(maxima: Tensor, rank: int, theta: Tensor) -> None:
+    """Write the rank-th largest of each row's maxima to theta."""
+    rows, groups = maxima.shape
+    BG = triton.next_power_of_2(groups)
+    BN = 1 if maxima.is_cuda else 64
+    _threshold_kernel[(triton.cdiv(rows, BN),)](
+        maxima, theta, rows, groups, rank, BN=BN, BG=BG, enable_fp_fusion=True
+    )
+
+
+def answer(
+    lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, slots: int,
+    values: Tensor, indices: Tensor, candidates: Tensor,
+) -> None:  # fmt: skip
+    """Compute the listed features, write the k best of every row, and repair the rows whose list was not enough."""
+    (rows, d), f = x.shape, W_enc.shape[0]
+    capacity = lists.index.shape[1]
+    everything = capacity == f
+    weights = (b_dec if b_dec is not None else x, W_enc, b_enc if b_enc is not None else x)
+    # An interpreted program costs milliseconds, so it takes many rows; no sum depends on how many.
+    BN, BC = TILE if x.is_cuda else (32, 32)
+    BF = BC if x.is_cuda else 512
+    has = {
+        "HAS_B_DEC": b_dec is not None,
+        "HAS_BIAS": b_enc is not None,
+        "BD": WIDTH,
+        "enable_fp_fusion": True,
+    }
+    if everything:
+        lists.count.fill_(f)
+    blocks = triton.cdiv(rows, BN)
+    _value_kernel[(blocks, triton.cdiv(capacity, BC))](
+        x,
+        *weights,
+        lists.count,
+        lists.index,
+        lists.value,
+        rows,
+        d,
+        capacity,
+        ALL=everything,
+        BN=BN,
+        BC=BC,
+        **has,
+    )
+    chosen = (
+        lists.theta, lists.count, lists.index, lists.value, lists.failed, lists.failures,
+        values, indices, candidates, rows, k, f, capacity,
+    )  # fmt: skip
+    _select_kernel[(blocks,)](*chosen, LISTED=False, BN=BN, BC=BLOCK, enable_fp_fusion=True)
+    if everything:
+        return
+    slots = min(slots, rows)
+    scratch = torch.empty(slots, f, dtype=torch.int32, device=x.device)
+    repair = (x, *weights, lists.failed, lists.failures, scratch)
+    _repair_value_kernel[(triton.cdiv(f, BF),)](*repair, f, d, slots, BC=BF, **has)
+    _repair_pick_kernel[(slots,)](
+        *repair,
+        lists.count,
+        lists.index,
+        lists.value,
+        f,
+        d,
+        k,
+        capacity,
+        slots,
+        BC=BF,
+        BF=SCAN,
+        **has,
+    )
+    _select_kernel[(blocks,)](*chosen, LISTED=True, BN=BN, BC=BLOCK, enable_fp_fusion=True)

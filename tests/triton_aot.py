@@ -1,0 +1,185 @@
+"""Compile Triton kernels for GPUs that need not be here, and print what the compiler made of them as JSON.
+
+Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are those that the host
+functions choose at d = 768, f = 24576, k = 32 (and d = 2304 for the update, which holds the most).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from microtome.kernels import (
+    bf16,
+    sae_loss,
+    sae_update,
+    segments,
+    sparse_decode,
+    topk_encode,
+    topk_select,
+)
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INTEGERS = {
+    "n", "k", "d", "f", "rows", "m", "entries", "capacity", "slots", "groups", "rank", "stride", "turns",
+    "x_stride", "w_stride", "stride_f", "shadow_stride",
+}  # fmt: skip
+FLOATS = {"unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root"}
+POINTERS = {
+    "indices": "i32", "index": "i32", "count": "i32", "failed": "i32", "failures": "i32", "candidates": "i32",
+    "source": "i32", "latents": "i32", "touched": "i32", "scratch": "i32", "offsets": "i64",
+}  # fmt: skip
+UNALIGNED = {"k", "rank", "turns", "slots"}
+
+
+def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
+    """name -> (kernel, constants, pointer types other than fp32, warps)."""
+    d, f, k, n = 768, 24576, 32, 8192
+    plan = topk_encode.plan(n, f, k)
+    tiles = {"HAS_BIAS": True, "BM": plan.BM, "BN": plan.BN, "BD": plan.BD, "UPCAST": False}
+    shadows = {"x": "bf16", "W": "bf16"}
+    dots = {"HAS_B_DEC": True, "HAS_BIAS": True, "BD": topk_select.WIDTH}
+    BN, BC = topk_select.TILE
+    out: dict[str, tuple[Any, dict[str, Any], dict[str, str], int]] = {
+        "topk_encode.sample": (topk_encode._sample_kernel, {**tiles, "GROUP": plan.group}, shadows, 8),
+        "topk_encode.filter": (topk_encode._filter_kernel, tiles, shadows, 8),
+        "topk_encode.threshold": (
+            topk_select._threshold_kernel,
+            {"BN": 1, "BG": triton.next_power_of_2(plan.groups)},
+            {},
+            4,
+        ),
+        "topk_encode.value": (topk_select._value_kernel, {**dots, "ALL": False, "BN": BN, "BC": BC}, {}, 4),
+        "topk_encode.value_bf16": (
+            topk_select._value_kernel,
+            {**dots, "ALL": False, "BN": BN, "BC": BC},
+            dict.fromkeys(("x", "b_dec", "W", "bias"), "bf16"),
+            4,
+        ),
+        "topk_encode.select": (topk_select._select_kernel, {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}, {}, 4),
+        "topk_encode.repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, 4),
+        "topk_encode.repair_pick": (topk_select._repair_pick_kernel, {**dots, "BC": BC, "BF": topk_select.SCAN}, {}, 4),
+        "bf16.shadow": (bf16._shadow_kernel, {"HAS_SUBTRACT": True, "STORE": True, "BR": 4, "BD": 512},
+                        {"shadow": "i16"}, 4),
+    }  # fmt: skip
+    types = dict.fromkeys(
+        ("values", "W_dec", "b_dec", "out", "grad_out", "x", "grad_values"), "bf16"
+    )
+    BN, BD = segments.tile(n, d, False, sparse_decode.WIDEST)
+    decode = {"HAS_BIAS": True, "BN": BN, "BD": BD, "stride_d": 1}
+    out["sparse_decode.fp32"] = (sparse_decode._sparse_decode_kernel, decode, {}, 4)
+    out["sparse_decode.bf16"] = (sparse_decode._sparse_decode_kernel, decode, types, 4)
+    out["sparse_decode.grad_values"] = (
+        sparse_decode._sparse_decode_grad_values_kernel, {"BE": BN, "BD": BD, "stride_d": 1}, {}, 4,
+    )  # fmt: skip
+    BL, BD = segments.tile(f, d, False, sparse_decode.WIDEST, 1024)
+    out["sparse_decode.grad_W_dec"] = (
+        sparse_decode._sparse_decode_grad_W_dec_kernel, {"CHUNK": segments.CHUNK, "BL": BL, "BD": BD}, {}, 4,
+    )  # fmt: skip
+    for kind, pointers in (("fp32", {}), ("bf16", types)):
+        BN, BD = segments.tile(n, d, False)
+        constants = {"HAS_BIAS": True, "BN": BN, "BD": BD, "stride_d": 1}
+        out[f"sae_loss.{kind}"] = (
+            sae_loss._sae_loss_kernel,
+            constants,
+            pointers,
+            sae_loss.warps(BN, BD),
+        )
+    out["segments.chunk"] = (
+        segments._chunk_kernel,
+        {"CHUNK": segments.CHUNK, "BL": 1, "BD": 1024},
+        {},
+        4,
+    )
+    flags = {
+        "ROWSPARSE": False,
+        "PROJECT": True,
+        "RENORM": True,
+        "CENTER": True,
+        "CHUNK": segments.CHUNK,
+        "BE": 32,
+    }
+    for wide in (d, 2304):
+        _, _, BL, BD, warps = sae_update.geometry(f, wide, False)
+        constants = {
+            **flags,
+            "OPTIMIZER": "adam",
+            "MOMENTUM": True,
+            "SHADOW": True,
+            "BL": BL,
+            "BD": BD,
+        }
+        out[f"sae_update.{wide}"] = (
+            sae_update._sae_update_kernel,
+            constants,
+            {"shadow": "i16"},
+            warps,
+        )
+    out["sae_update.bias"] = (
+        sae_update._sae_update_bias_kernel, {"OPTIMIZER": "adam", "MOMENTUM": True, "BD": 256}, {}, 4,
+    )  # fmt: skip
+    return out
+
+
+def measure(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], warps: int, arch: int
+) -> dict[str, int]:
+    """Registers, stack, shared memory and instructions of one compiled kernel."""
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+            if name not in UNALIGNED:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*" + types.get(name, POINTERS.get(name, "fp32"))
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {**topk_encode.OPTIONS, "num_warps": warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        sass = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {
+        key: int(value)
+        for key, value in re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr)
+    }
+    instructions = re.findall(
+        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", sass, re.M
+    )
+    count = lambda *names: sum(i.split(".")[0] in names for i in instructions)  # noqa: E731
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "shared": compiled.metadata.shared,
+        "instructions": len(instructions),
+        "tensor_core": count("HMMA", "HGMMA"),
+        "local": count("LDL", "STL"),
+    }
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[1])
+    print(json.dumps({name: measure(*case, arch) for name, case in cases().items()}))
