@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ BATCH = 1024
 CAPTURE_SHARE, TRAIN_SHARE, SPLICE_SHARE = 0.38, 0.3, 0.1
 MOST_TOKENS, MOST_STEPS, MOST_CONTEXTS = 100_000, 3_000, 32
 _STATE = "demo.json"
+_PRINT = partial(print, flush=True)  # through a pipe too each line comes when it is said
 _MADE = (
     "store",
     "run",
@@ -94,7 +96,7 @@ def demo(
     *,
     minutes: float = 10.0,
     fresh: bool = False,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = _PRINT,
 ) -> Path:
     """Run the whole demo; stages that an earlier call finished are not repeated.
 

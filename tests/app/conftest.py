@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from microtome.cli import main
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 
 # The byte tokenizer gives "<script>" as eight tokens; each must come out escaped.
-TEXT = "In the beginning <script>alert(1)</script> & the end.\nThe second line, the same again.\n" * 60
+TEXT = (
+    "In the beginning <script>alert(1)</script> & the end.\nThe second line, the same again.\n" * 60
+)
 
 
 @dataclass(frozen=True)

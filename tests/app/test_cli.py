@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from microtome import cli
 from microtome.cli import main
 
@@ -113,10 +114,19 @@ def test_eval_leaves_its_numbers_in_the_run(made):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys\nfrom microtome.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules"
+    code = (
+        "import sys\n"
+        "from microtome.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(cli.__file__).parent,
     )
     assert done.returncode == 0, done.stderr
     assert "usage: microtome" in done.stdout

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from microtome.demo import Request, demo
 from microtome.errors import ArgumentError
 
@@ -19,7 +20,12 @@ def first(tmp_path_factory):
 
 def test_the_demo_says_what_it_does_and_leaves_a_report(first):
     out, said = first
-    for word in ("capture: 2,560 tokens", "train: TopK SAE, d=64, f=64, k=4, 20 steps", "FVU", "Open "):
+    for word in (
+        "capture: 2,560 tokens",
+        "train: TopK SAE, d=64, f=64, k=4, 20 steps",
+        "FVU",
+        "Open ",
+    ):
         assert word in said
     assert "weights are random" in said
     html = (out / "report.html").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """The survey, the choice of features and their contexts, against counts made by hand or densely."""
 
 import torch
+
 from microtome._seed import generator
 from microtome.report.features import About, choose, describe, token_texts
 from microtome.report.survey import survey

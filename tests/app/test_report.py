@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from microtome.errors import StoreError
 from microtome.models import ActivationStore
 from microtome.report import About, write_report
