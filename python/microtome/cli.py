@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="microtome",
         description="Look inside neural networks: capture activations, train sparse autoencoders "
         "(SAEs) on them, and see what their features respond to.",
-        epilog="New here? Run `microtome demo`. Every command explains itself: microtome COMMAND -h",
+        epilog="New here? Run `microtome demo`. Options: microtome COMMAND --help",
         formatter_class=_Help,
     )
     from microtome import __version__
@@ -180,7 +180,7 @@ def _add_train(commands: Any) -> None:
         "train",
         _train,
         "Train a TopK sparse autoencoder on an activation store. The last part of the store is "
-        "held out for the metrics. Run the same command again and it resumes at the last checkpoint.",
+        "held out for the metrics. Run the same command again to resume.",
         "microtome train --store acts --features 8192 --k 32 --steps 2000 --out run",
         "Checkpoints in {out} are kept; run the same command to go on from the last one.",
     ).add_argument

@@ -18,7 +18,7 @@ ABOUT = "text.json"
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of text round a peak: tokens [w], the feature's activations [w], the peak's place."""
+    """A stretch of text round a peak: tokens [w], activations [w] and the peak's place."""
 
     row: int
     tokens: tuple[int, ...]

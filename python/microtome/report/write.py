@@ -123,7 +123,8 @@ def write_report(
         footer=(
             f"Written by microtome {microtome.__version__} with torch {torch.__version__}, "
             f"Python {sys.version.split()[0]}. Features were surveyed on {found.n_rows:,} tokens, "
-            f"those of training among them; the first token of every context of {found.context_length} is left out."
+            f"those of training among them; the first token of every context of "
+            f"{found.context_length} is left out."
         ),
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,72 @@
+"""The demo on the toy model: it runs, resumes, and keeps to its folder."""
+
+import json
+
+import pytest
+
+from microtome.demo import Request, demo
+from microtome.errors import ArgumentError
+
+TINY = Request(model="toy", text="pydoc", features=64, k=4, tokens=2560, steps=20)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    lines = []
+    demo(TINY, out, minutes=1, show=lines.append)
+    return out, "\n".join(lines)
+
+
+def test_the_demo_says_what_it_does_and_leaves_a_report(first):
+    out, said = first
+    for word in (
+        "capture: 2,560 tokens",
+        "train: TopK SAE, d=64, f=64, k=4, 20 steps",
+        "FVU",
+        "Open ",
+    ):
+        assert word in said
+    assert "weights are random" in said
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "weights are random" in html
+    assert "built-in toy model" in html
+
+
+def test_a_second_call_repeats_no_finished_stage(first):
+    out, _ = first
+    weights = (out / "run" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
+    lines = []
+    demo(TINY, out, minutes=1, show=lines.append)
+    said = "\n".join(lines)
+    for word in ("capture: done before", "train: done before", "evaluation: done before"):
+        assert word in said
+    assert (out / "run" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == weights
+
+
+def test_another_request_in_the_same_folder_is_refused(first):
+    out, _ = first
+    with pytest.raises(ArgumentError, match="holds a demo with another k, steps"):
+        demo(Request(**{**vars(TINY), "k": 5, "steps": 6}), out, minutes=1)
+
+
+def test_an_interrupted_capture_begins_again(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("microtome.demo.capture_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            demo(TINY, tmp_path, minutes=1, show=lambda _: None)
+    assert "captured" not in json.loads((tmp_path / "demo.json").read_text())
+    assert demo(TINY, tmp_path, minutes=1, show=lambda _: None).exists()
+
+
+def test_fresh_removes_what_a_demo_made_and_nothing_else(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    (tmp_path / "demo.json").write_text(json.dumps({"request": {"model": "other"}}))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "old").write_text("old")
+    demo(TINY, tmp_path, minutes=1, fresh=True, show=lambda _: None)
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+    assert not (tmp_path / "store" / "old").exists()

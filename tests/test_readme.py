@@ -1,0 +1,69 @@
+"""The README and the docs say only what runs: code is executed, commands are parsed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from microtome import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert 0 < names["run"].metrics["fvu"] < 1
+    assert (tmp_path / "my-sae" / "cfg.json").exists()
+    assert capsys.readouterr().out.startswith("0.")
+
+
+@pytest.mark.parametrize("page", ["training", "activations"])
+def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(code, f"{page}.md", "exec"), names)
+    if page == "training":
+        assert (tmp_path / "run" / "metrics.json").exists()
+    else:
+        assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
+        assert len(names["held_out"]) == 16
+        assert (tmp_path / "acts" / "manifest.json").exists()
+
+
+def test_the_commands_of_the_readme_parse():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [
+        shlex.split(line, comments=True)[1:] for line in lines if line.startswith("microtome ")
+    ]
+    assert [c[0] for c in commands] == ["info", "capture", "train", "eval", "report"]
+    for command in commands:
+        cli._parser().parse_args(command)
+
+
+def test_the_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"\bmake ([a-z-]+)", README)
+    assert {"demo", "test", "bench"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/activations.md"]
+)
+def test_every_link_to_a_file_leads_somewhere(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    for link in links:
+        assert "://" in link or (path.parent / link).exists(), link
