@@ -219,10 +219,12 @@ def _backward(
     return (grad_x if need[0] else None, grad_W, grad_b, grad_b_dec, None, None, None, None, None)
 
 
-def _fake(x: Tensor, W_enc: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = x.shape[0], args[2]
-    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)  # type: ignore[call-overload]
-    return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)  # type: ignore[arg-type]
+def _fake(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[0]
+    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)
 
 
 def _why_not_triton(*args: Tensor | None) -> str | None:
