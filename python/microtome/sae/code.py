@@ -108,7 +108,10 @@ class SparseCode:
         return dense.index_put(places, self.values.flatten(), accumulate=True).reshape(self.shape)
 
     def to_torch_csr(self) -> Tensor:
-        """The code as a torch CSR matrix [n, f], columns ascending in each row, zeros dropped."""
+        """The code as a torch CSR matrix [n, f], columns ascending in each row, zeros dropped.
+
+        No feature may stand twice in a row.
+        """
         rows, columns, values = self._rows(), self.indices.flatten().long(), self.values.flatten()
         kept = (values != 0).nonzero().flatten()
         order = kept[torch.argsort(rows[kept] * self.n_features + columns[kept], stable=True)]
@@ -117,7 +120,11 @@ class SparseCode:
         with warnings.catch_warnings():  # torch says once a process that CSR tensors are in beta
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             return torch.sparse_csr_tensor(
-                crow, columns[order], values[order], size=(self.n_rows, self.n_features)
+                crow,
+                columns[order],
+                values[order],
+                size=(self.n_rows, self.n_features),
+                check_invariants=True,
             )
 
     def padded(self) -> tuple[Tensor, Tensor]:

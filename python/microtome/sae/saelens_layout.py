@@ -14,6 +14,8 @@ from microtome.errors import CheckpointError, NonFiniteError
 from microtome.sae import files
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# SAELens takes a cfg without a version for one of before 6.0, and drops its metadata.
+_LAYOUT_VERSION = "6.0.0"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -57,7 +59,7 @@ def write(
         "apply_b_dec_to_input": center,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": metadata,
+        "metadata": {"sae_lens_version": _LAYOUT_VERSION, **metadata},
     }
     try:
         json.dumps(cfg)

@@ -1,0 +1,101 @@
+"""SparseCode: shapes, conversions, indexing, gradients."""
+
+import pytest
+import torch
+
+from microtome import SparseCode
+from microtome.errors import ArgumentError, DtypeError, ShapeError
+
+# Rows: {3: 2, 0: 0.5}, {1: 1, 2: cut}, {2: 4, 3: 1}, {0: cut, 1: cut}.
+VALUES = torch.tensor([[2.0, 0.5], [1.0, 0.0], [4.0, 1.0], [0.0, 0.0]])
+INDICES = torch.tensor([[3, 0], [1, 2], [2, 3], [0, 1]])
+DENSE = torch.tensor([[0.5, 0, 0, 2], [0, 1, 0, 0], [0, 0, 4, 1], [0, 0, 0, 0]])
+
+
+def uniform() -> SparseCode:
+    return SparseCode(VALUES, INDICES, 4)
+
+
+def ragged() -> SparseCode:
+    return SparseCode(
+        torch.tensor([0.5, 2.0, 1.0, 4.0, 1.0]),
+        torch.tensor([0, 3, 1, 2, 3]),
+        4,
+        torch.tensor([0, 2, 3, 5, 5]),
+    )
+
+
+@pytest.mark.parametrize("make", [uniform, ragged])
+def test_both_kinds_stand_for_the_same_dense_code(make):
+    code = make()
+    assert torch.equal(code.to_dense(), DENSE)
+    assert torch.equal(code.to_torch_csr().to_dense(), DENSE)
+    assert code.l0 == 5 / 4
+    assert (len(code), code.n_rows, code.shape) == (4, 4, (4, 4))
+    assert code.indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("make", [uniform, ragged])
+@pytest.mark.parametrize(
+    "item", [1, -1, slice(1, 3), slice(0, 0), torch.tensor([2, 0, 2]), DENSE[:, 3] > 0]
+)
+def test_indexing_picks_rows_as_it_does_on_the_dense_code(make, item):
+    picked = make()[item]
+    assert torch.equal(picked.to_dense(), DENSE[item])
+    assert picked.shape == tuple(DENSE[item].shape)
+
+
+@pytest.mark.parametrize("make", [uniform, ragged])
+def test_indexing_goes_over_a_leading_shape(make):
+    flat = make()
+    code = SparseCode(flat.values, flat.indices, 4, flat.offsets, (2, 2))
+    assert len(code) == 2
+    assert torch.equal(code.to_dense(), DENSE.reshape(2, 2, 4))
+    assert torch.equal(code[1].to_dense(), DENSE[2:])
+    assert torch.equal(code[0, 1].to_dense(), DENSE[1])
+    with pytest.raises(TypeError, match="single vector"):
+        len(code[0, 1])
+
+
+def test_the_csr_matrix_has_ascending_columns_and_no_stored_zeros():
+    csr = uniform().to_torch_csr()
+    assert csr.crow_indices().tolist() == [0, 2, 3, 5, 5]
+    assert csr.col_indices().tolist() == [0, 3, 1, 2, 3]
+    assert csr.values().tolist() == [0.5, 2.0, 1.0, 4.0, 1.0]
+
+
+def test_padding_a_ragged_code_keeps_its_dense_code():
+    values, indices = ragged().padded()
+    assert values.shape == (4, 2)
+    assert torch.equal(SparseCode(values, indices, 4).to_dense(), DENSE)
+
+
+def test_gradients_flow_from_the_dense_code_to_the_values():
+    values = VALUES.clone().requires_grad_()
+    weight = torch.arange(16.0).reshape(4, 4)
+    (SparseCode(values, INDICES, 4).to_dense() * weight).sum().backward()
+    assert torch.equal(values.grad, weight.gather(1, INDICES))
+
+
+def test_repeated_features_add_up():
+    code = SparseCode(torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 1]]), 3)
+    assert code.to_dense().tolist() == [[0.0, 3.0, 0.0]]
+
+
+def test_an_empty_code_is_a_code():
+    code = SparseCode(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int32), 4)
+    assert code.to_dense().shape == (0, 4)
+    assert code.to_torch_csr().shape == (0, 4)
+    assert code.l0 == 0.0
+
+
+def test_a_code_that_does_not_fit_says_how():
+    with pytest.raises(ShapeError, match=r"indices must be \[n, k\] with k=2"):
+        SparseCode(VALUES, INDICES[:, :1], 4)
+    with pytest.raises(ShapeError, match=r"leading shape \(3,\) must hold n=4 rows, holds 3"):
+        SparseCode(VALUES, INDICES, 4, None, (3,))
+    with pytest.raises(DtypeError, match="indices must be int32, int64, got float32"):
+        SparseCode(VALUES, VALUES, 4)
+    with pytest.raises(ArgumentError, match="takes a device"):
+        uniform().to(torch.float64)
+    assert torch.equal(uniform().to("cpu").to_dense(), DENSE)
