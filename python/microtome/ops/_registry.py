@@ -23,7 +23,7 @@ from microtome.errors import ArgumentError, BackendError
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS: dict[str, Op] = {}
-_LIB = torch.library.Library("microtome", "DEF")
+_LIB = torch.library.Library("microtome", "DEF")  # type: ignore[no-untyped-call]
 _demanded: list[
     str
 ] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
@@ -107,9 +107,10 @@ class Op:
         self.arguments = tuple(inspect.signature(reference).parameters)
         last = Backend("reference", f"{reference.__module__}:{reference.__name__}", lambda *_: None)
         self.backends = (*backends, last)
-        _LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=tuple(mutates)))
+        schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        _LIB.define(self.name + schema)  # type: ignore[no-untyped-call]
         for key in ("CPU", "CUDA"):
-            _LIB.impl(self.name, self._run, key)
+            _LIB.impl(self.name, self._run, key)  # type: ignore[no-untyped-call]
         qualified = f"microtome::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_LIB)
         if backward is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from microtome import _check, _native
-from microtome.ops._registry import Backend, Op
+from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops.sparse_decode import _grad_W_dec, why_not_code
 
 
