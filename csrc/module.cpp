@@ -6,11 +6,11 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
-#include "cpu/topk_encode.h"
-#include "cpu/sae_loss.h"
 #include "cpu/sparse_decode.h"
+#include "cpu/topk_encode.h"
 
 namespace py = pybind11;
 using namespace microtome;
@@ -29,11 +29,11 @@ std::pair<int64_t, int64_t> bind_topk_encode(Address x, int64_t x_stride, Addres
                                              Address stats, int64_t stride, Address values, Address indices,
                                              Address candidates, const std::string& forced, int threads) {
     int64_t bad_row = -1, bad_feature = -1;
-    cpu::topk_encode({at<const float>(x), x_stride, at<const float>(weights), at<const float>(bias),
-                      at<const float>(center), n, d, f, k, fast, at<const int16_t>(shadow), at<const float>(stats),
-                      stride, at<float>(values), at<int32_t>(indices), at<int32_t>(candidates), &bad_row, &bad_feature,
-                      threads},
-                     isa_from_name(forced.c_str()));
+    cpu::topk_encode(
+        {at<const float>(x), x_stride, at<const float>(weights), at<const float>(bias), at<const float>(center), n, d,
+         f, k, fast, at<const int16_t>(shadow), at<const float>(stats), stride, at<float>(values), at<int32_t>(indices),
+         at<int32_t>(candidates), &bad_row, &bad_feature, threads},
+        isa_from_name(forced.c_str()));
     return {bad_row, bad_feature};
 }
 

@@ -22,19 +22,23 @@ const TopkKernels topk_generic = {nullptr, kExactRows, 1, screen_exact, rescore,
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kScratch = 24 << 20;     // bytes of rows and lists in one pass over the features
-constexpr int64_t kBlockBytes = 4 << 20;   // bytes of shadow that all rows of a pass visit before the next block
-constexpr int64_t kSmallestBlock = 32;     // features; the AMX kernel reads 32 rows of weights at a time
+constexpr int64_t kScratch = 24 << 20;    // bytes of rows and lists in one pass over the features
+constexpr int64_t kBlockBytes = 4 << 20;  // bytes of shadow that all rows of a pass visit before the next block
+constexpr int64_t kSmallestBlock = 32;    // features; the AMX kernel reads 32 rows of weights at a time
 
 int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 const TopkKernels& kernels_for(Isa isa) {
 #if defined(MICROTOME_X86)
     switch (isa) {
-        case Isa::kAmx: return topk_amx;
-        case Isa::kAvx512: return topk_avx512;
-        case Isa::kAvx2: return topk_avx2;
-        default: break;
+        case Isa::kAmx:
+            return topk_amx;
+        case Isa::kAvx512:
+            return topk_avx512;
+        case Isa::kAvx2:
+            return topk_avx2;
+        default:
+            break;
     }
 #else
     (void)isa;

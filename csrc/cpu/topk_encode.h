@@ -30,7 +30,7 @@ struct Screening {
     const int16_t* packed;
     const float* x;
     int64_t d, padded;
-    const float* scale;   // [rows]
+    const float* scale;    // [rows]
     const float* error_w;  // [rows] multiplies |w|
     const float* error_r;  // [rows] multiplies |w - shadow|
 

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kFeatures = 6;  // 6 x 2 accumulators, 2 vectors of x, 1 broadcast, 1 product: sixteen registers
 
-// sum += pairwise products. Written as one piece and in order: left to itself, gcc 12 starts all six features at once and
-// spills the accumulators.
+// sum += pairwise products. Written as one piece and in order: left to itself, gcc 12 starts all six features at once
+// and spills the accumulators.
 inline void multiply_add(__m256i& sum, __m256i b, __m256i x) {
     __m256i product;
     asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(b), "x"(x));

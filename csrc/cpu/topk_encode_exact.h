@@ -1,5 +1,5 @@
-// The float32 half of topk_encode, for every level: all pre-activations of a few rows, and the survivors of a screening.
-// Included by each level's file; everything is in an anonymous namespace.
+// The float32 half of topk_encode, for every level: all pre-activations of a few rows, and the survivors of a
+// screening. Included by each level's file; everything is in an anonymous namespace.
 #pragma once
 
 #include "common/simd.h"

@@ -36,10 +36,10 @@ inline void filter(const Screening& s, int64_t row, int64_t f, vf acc, vf scale,
     }
 }
 
-// The loop around a level's tile product. `tile(w, stride, x, padded, out)` multiplies kFeatures neighbouring shadow rows
-// with kRows packed rows of x (panels of kPanel rows, each kPanel * padded codes) into out[feature][row].
-// A block has at least kFeatures features (the driver sees to it), so the last step of a range may look back and pass
-// over what it has seen.
+// The loop around a level's tile product. `tile(w, stride, x, padded, out)` multiplies kFeatures neighbouring shadow
+// rows with kRows packed rows of x (panels of kPanel rows, each kPanel * padded codes) into out[feature][row]. A block
+// has at least kFeatures features (the driver sees to it), so the last step of a range may look back and pass over what
+// it has seen.
 template <int kFeatures, int kRows, class Tile>
 inline void screen_tiles(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1, Tile tile) {
     alignas(64) float out[kFeatures][kRows];

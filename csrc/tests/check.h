@@ -1,5 +1,5 @@
-// A test is a function that calls CHECK; main.cpp lists them. Buffers are exact in size, so AddressSanitizer sees a read
-// or write past their end.
+// A test is a function that calls CHECK; main.cpp lists them. Buffers are exact in size, so AddressSanitizer sees a
+// read or write past their end.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ namespace microtome::test {
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                            \
-    do {                                                                            \
-        if (!(condition)) {                                                         \
+#define CHECK(condition)                                                              \
+    do {                                                                              \
+        if (!(condition)) {                                                           \
             std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-            ++microtome::test::failures;                                            \
-        }                                                                           \
+            ++microtome::test::failures;                                              \
+        }                                                                             \
     } while (0)
 
 inline std::vector<float> normal(int64_t count, unsigned seed) {

@@ -4,10 +4,10 @@
 
 namespace microtome::test {
 
-#define EACH_TEST(X)                                    \
-    X(topk_encode_answers_every_shape_at_every_level)   \
-    X(topk_encode_tells_near_ties_apart_at_every_level) \
-    X(topk_encode_computes_overflowing_rows_whole)      \
+#define EACH_TEST(X)                                     \
+    X(topk_encode_answers_every_shape_at_every_level)    \
+    X(topk_encode_tells_near_ties_apart_at_every_level)  \
+    X(topk_encode_computes_overflowing_rows_whole)       \
     X(topk_encode_keeps_few_candidates_on_gaussian_rows) \
     X(topk_encode_names_what_is_not_finite)
 
@@ -19,9 +19,9 @@ EACH_TEST(DECLARE)
 
 int main() {
     std::printf("best level: %s\n", microtome::isa_name(microtome::best_isa()));
-#define RUN(name)              \
-    std::printf(#name "\n");   \
-    std::fflush(stdout);       \
+#define RUN(name)            \
+    std::printf(#name "\n"); \
+    std::fflush(stdout);     \
     microtome::test::name();
     using namespace microtome::test;
     EACH_TEST(RUN)

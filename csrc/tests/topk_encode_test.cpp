@@ -1,10 +1,11 @@
+#include "cpu/topk_encode.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
 #include "check.h"
 #include "cpu/screen_weights.h"
-#include "cpu/topk_encode.h"
 
 namespace microtome::test {
 namespace {
@@ -34,11 +35,11 @@ Answer run(const Input& in, Isa isa, int threads, bool cached, bool fast = false
         cpu::screen_weights(address(in.weights), in.f, in.d, stride, cpu::screen_kind(isa), address(shadow),
                             address(stats), isa_name(isa), threads);
     }
-    cpu::topk_encode({in.x.data(), in.d, in.weights.data(), in.bias.data(), in.center.data(), in.n, in.d, in.f, in.k,
-                      fast, cached ? shadow.data() : nullptr, cached ? stats.data() : nullptr, stride,
-                      out.values.data(), out.indices.data(), out.candidates.data(), &out.bad_row, &out.bad_feature,
-                      threads},
-                     isa);
+    cpu::topk_encode(
+        {in.x.data(), in.d, in.weights.data(), in.bias.data(), in.center.data(), in.n, in.d, in.f, in.k, fast,
+         cached ? shadow.data() : nullptr, cached ? stats.data() : nullptr, stride, out.values.data(),
+         out.indices.data(), out.candidates.data(), &out.bad_row, &out.bad_feature, threads},
+        isa);
     return out;
 }
 
