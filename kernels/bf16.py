@@ -1,6 +1,6 @@
 """bf16 shadows of float rows, with the norms that bound what the rounding lost."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -21,7 +21,8 @@ def round_to_bf16(value):
 def norm_above(squares, d):
     """A bound from above on the norm whose float32 sum of d squares is `squares`.
 
-    The sum is low by a factor of at most 1 - (d + 2) 2^-24, and each square that underflowed by at most 2^-126.
+    The sum is low by a factor of at most 1 - (d + 2) 2^-24, and each square that underflowed by at
+    most 2^-126.
     """
     return tl.sqrt(squares) * (1.0001 + d * 1.2e-7) + tl.sqrt(d * 1.0) * 1.1e-19
 
@@ -64,8 +65,9 @@ def shadow_rows(source: Tensor, subtract: Tensor | None) -> tuple[Tensor, Tensor
         subtract: [d] taken from every row first, in float32, or None.
 
     Returns:
-        bf16 [m, d], `source` itself where it is bf16 and nothing is subtracted (rows 16-byte aligned otherwise);
-        stats [m, 4] float32 a row: 1, its norm, the norm of what rounding lost, 0. Norms are rounded up.
+        bf16 [m, d], `source` itself where it is bf16 and nothing is subtracted (rows 16-byte
+        aligned otherwise); stats [m, 4] float32 a row: 1, its norm, the norm of what rounding lost,
+        0. Norms are rounded up.
     """
     m, d = source.shape
     store = source.dtype != torch.bfloat16 or subtract is not None

@@ -1,6 +1,6 @@
 """Decode, squared error and the gradient of the values; a row's residual stays in registers."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -65,7 +65,8 @@ def launch(
             _sae_loss_kernel[(triton.cdiv(n, BN),)](
                 x.contiguous(), values.contiguous(), indices.contiguous(), W_dec,
                 W_dec if b_dec is None else b_dec.contiguous(), sse, grad_out, grad_values, n, k, d,
-                W_dec.stride(0), W_dec.stride(1), HAS_BIAS=b_dec is not None, BN=BN, BD=BD, num_warps=warps(BN, BD),
+                W_dec.stride(0), W_dec.stride(1), HAS_BIAS=b_dec is not None, BN=BN, BD=BD,
+                num_warps=warps(BN, BD),
                 enable_fp_fusion=True,
             )  # fmt: skip
     return sse, grad_out, grad_values

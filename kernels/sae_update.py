@@ -1,6 +1,7 @@
-"""One optimizer step of an SAE: both weight gradients, projection, rule and renorm in one pass over the parameters."""
+"""One optimizer step of an SAE: gradients, projection, rule and renorm in one pass over the
+weights."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -17,7 +18,9 @@ from microtome.kernels.segments import (
 )
 from torch import Tensor
 
-PROGRAMS = 2048  # at most; each sums its latents' share of b_dec's gradient, so the number must not vary by machine
+# At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
+# machine.
+PROGRAMS = 2048
 
 
 @triton.jit
@@ -25,7 +28,8 @@ def _step(p, g, m_at, v_at, m_mask, lr, beta1, rest1, beta2, rest2, eps, decay, 
           OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr):  # fmt: skip
     """One step of the rule on p with gradient g; the moments are read and written at m_at and v_at.
 
-    lr holds Adam's 1 / (1 - beta1^t), root is sqrt(1 - beta2^t), rest is 1 - beta, shrink 1 - lr * decoupled decay.
+    lr holds Adam's 1 / (1 - beta1^t), root is sqrt(1 - beta2^t), rest is 1 - beta, shrink 1 - lr *
+    decoupled decay.
     """
     g = g + decay * p
     p = p * shrink
@@ -53,8 +57,10 @@ def _step(p, g, m_at, v_at, m_mask, lr, beta1, rest1, beta2, rest2, eps, decay, 
 
 @triton.jit
 def _sae_update_kernel(
-    value, grad_value, source, offsets, dec_partial, enc_partial, touched, x, grad_out, aux_grad_out,
-    W_enc, b_enc, W_dec, m_W_enc, v_W_enc, m_b_enc, v_b_enc, m_W_dec, v_W_dec, shadow, stats, centre,
+    value, grad_value, source, offsets, dec_partial, enc_partial, touched, x, grad_out,
+    aux_grad_out,
+    W_enc, b_enc, W_dec, m_W_enc, v_W_enc, m_b_enc, v_b_enc, m_W_dec, v_W_dec, shadow, stats,
+    centre,
     n, f, d, turns, shadow_stride,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, root,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, ROWSPARSE: tl.constexpr, PROJECT: tl.constexpr,
@@ -86,7 +92,8 @@ def _sae_update_kernel(
         if ROWSPARSE:
             live = live & (tl.load(touched + latent, mask=live, other=0) > 0)
             mask = live[:, None] & (column < d)[None, :]
-        enc = _step(enc, d_enc, m_W_enc + place, v_W_enc + place, mask, lr, beta1, rest1, beta2, rest2, eps,
+        enc = _step(enc, d_enc, m_W_enc + place, v_W_enc + place, mask, lr, beta1, rest1, beta2,
+        rest2, eps,
                     decay, shrink, root, OPTIMIZER, MOMENTUM)  # fmt: skip
         tl.store(W_enc + place, enc, mask=mask)
         if SHADOW:
@@ -97,7 +104,8 @@ def _sae_update_kernel(
             tl.store(stats + latent * 4 + 1, norm_above(tl.sum(enc * enc, 1), d), mask=live)
             tl.store(stats + latent * 4 + 2, norm_above(tl.sum(lost * lost, 1), d), mask=live)
         b = tl.load(b_enc + latent, mask=live, other=0.0)
-        b = _step(b, db, m_b_enc + latent, v_b_enc + latent, live, lr, beta1, rest1, beta2, rest2, eps,
+        b = _step(b, db, m_b_enc + latent, v_b_enc + latent, live, lr, beta1, rest1, beta2, rest2,
+        eps,
                   0.0, 1.0, root, OPTIMIZER, MOMENTUM)  # fmt: skip
         tl.store(b_enc + latent, b, mask=live)
 
@@ -108,7 +116,8 @@ def _sae_update_kernel(
         if PROJECT:
             along = tl.sum(d_dec * dec, 1) / tl.maximum(tl.sum(dec * dec, 1), 1e-30)
             d_dec -= along[:, None] * dec
-        dec = _step(dec, d_dec, m_W_dec + place, v_W_dec + place, mask, lr, beta1, rest1, beta2, rest2, eps,
+        dec = _step(dec, d_dec, m_W_dec + place, v_W_dec + place, mask, lr, beta1, rest1, beta2,
+        rest2, eps,
                     decay, shrink, root, OPTIMIZER, MOMENTUM)  # fmt: skip
         if RENORM:
             dec = tl.where(mask, dec, 0.0)
@@ -149,10 +158,12 @@ def launch(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
-    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    step: int,
     rowsparse: bool, project: bool, renorm: bool, center: bool,
 ) -> Tensor:  # fmt: skip
-    """`sae_update`: entries sorted by latent, then a program per run of latents updates all their parameters."""
+    """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
+    latents."""
     (n, k), (f, d) = indices.shape, W_enc.shape
     x, grad_out = x.contiguous(), grad_out.contiguous()
     flat, value, grad_value = indices.flatten(), values.flatten(), grad_values.flatten()
@@ -191,11 +202,15 @@ def launch(
         dec_partial = partial_sums(segments, weight, source, grad_out, other)
         enc_partial = partial_sums(segments, grad_weight, source, x, x)
         _sae_update_kernel[(programs,)](
-            weight, grad_weight, source, segments.offsets, dec_partial, enc_partial, touched, x, grad_out, other,
-            W_enc, b_enc, W_dec, *moments, shadow if refresh else x, stats if refresh else x, centre,
+            weight, grad_weight, source, segments.offsets, dec_partial, enc_partial, touched, x,
+            grad_out, other,
+            W_enc, b_enc, W_dec, *moments, shadow if refresh else x, stats if refresh else x,
+            centre,
             n, f, d, turns, shadow.stride(0) if refresh and shadow is not None else d,
-            *rule, decay, shrink, root, **kinds, ROWSPARSE=rowsparse, PROJECT=project, RENORM=renorm,
-            CENTER=center, SHADOW=refresh, CHUNK=CHUNK, BE=32, BL=BL, BD=BD, num_warps=warps, enable_fp_fusion=True,
+            *rule, decay, shrink, root, **kinds, ROWSPARSE=rowsparse, PROJECT=project,
+            RENORM=renorm,
+            CENTER=center, SHADOW=refresh, CHUNK=CHUNK, BE=32, BL=BL, BD=BD, num_warps=warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
         grad = scale * grad_out.sum(0) - centre.sum(0)
         _sae_update_bias_kernel[(triton.cdiv(d, 256),)](

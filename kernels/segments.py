@@ -1,11 +1,12 @@
-"""Sums over the entries of each latent: sorted, long segments split into fixed chunks, no float atomics.
+"""Sums over the entries of each latent: sorted, long segments split, no float atomics.
 
-Entries are the (row, slot) pairs of a code, sorted stably by latent. A segment longer than CHUNK has its full chunks
-summed first, each on its own; the latent's program then adds those partial sums in order and the remaining entries
-after them. The chunks depend on the offsets alone, so the order of every sum is fixed.
+Entries are the (row, slot) pairs of a code, sorted stably by latent. A segment longer than CHUNK
+has its full chunks summed first, each on its own; the latent's program then adds those partial sums
+in order and the remaining entries after them. The chunks depend on the offsets alone, so the order
+of every sum is fixed.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -40,14 +41,15 @@ def sort_by_latent(latents: Tensor, f: int) -> Segments:
 
 
 def slots(entries: int) -> int:
-    """Partial sums that `entries` entries can need: full chunks are disjoint, and each has its own slot."""
+    """Partial sums `entries` entries can need: full chunks are disjoint, each has its own slot."""
     return -(-entries // CHUNK)
 
 
 def tile(
     rows: int, d: int, interpreted: bool, widest: int = 16384, size: int = 2048
 ) -> tuple[int, int]:
-    """Rows and columns a program works on: `size` elements, many more where every program costs milliseconds.
+    """Rows and columns a program works on: `size` elements, many more where every program costs
+    milliseconds.
 
     The columns are at most `widest`; the sums do not depend on the number of rows.
     """
@@ -58,7 +60,7 @@ def tile(
 
 @triton.jit
 def add_entries(acc, weight, source, table, aux, begin, end, column, n, d):
-    """Add weight[e] * row source[e] of `table` for e in [begin, end); sources from n on are rows of `aux`.
+    """Add weight[e] * table[source[e]] for e in [begin, end); sources from n on are rows of `aux`.
 
     acc is [BL, BD]; begin and end are [BL].
     """
@@ -83,7 +85,7 @@ def add_entries(acc, weight, source, table, aux, begin, end, column, n, d):
 
 @triton.jit
 def add_partials(acc, partial, begin, end, column, d, CHUNK: tl.constexpr):
-    """Add the full chunks of [begin, end) from their slots. Returns acc and the first entries not yet added."""
+    """Add the full chunks of [begin, end). Returns acc and the first entries not yet added."""
     full = tl.where(end - begin > CHUNK, (end - begin) // CHUNK, 0)  # [BL]
     for i in range(0, tl.max(full, 0)):
         slot = (begin + i * CHUNK + CHUNK - 1) // CHUNK
@@ -130,7 +132,8 @@ def partial_sums(
         aux: [n, d] contiguous.
 
     Returns:
-        [ceil(m / CHUNK), d] float32; slots without a full chunk are not written, and not read by `add_partials`.
+        [ceil(m / CHUNK), d] float32; slots without a full chunk are not written, and not read by
+        `add_partials`.
     """
     n, d = table.shape
     m = weight.numel()

@@ -1,6 +1,7 @@
-"""Gather active decoder rows, and the two gradients of doing so. float32 accumulation, no atomics."""
+"""Gather active decoder rows, and the two gradients of doing so. float32 accumulation, no
+atomics."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -95,8 +96,10 @@ def launch(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None)
     BN, BD = tile(n, d, not values.is_cuda, WIDEST)
     with torch.cuda.device_of(values):
         _sparse_decode_kernel[(triton.cdiv(n, BN), triton.cdiv(d, BD))](
-            values.contiguous(), indices.contiguous(), W_dec, W_dec if b_dec is None else b_dec.contiguous(),
-            out, n, k, d, W_dec.stride(0), W_dec.stride(1), HAS_BIAS=b_dec is not None, BN=BN, BD=BD,
+            values.contiguous(), indices.contiguous(), W_dec,
+            W_dec if b_dec is None else b_dec.contiguous(),
+            out, n, k, d, W_dec.stride(0), W_dec.stride(1), HAS_BIAS=b_dec is not None, BN=BN,
+            BD=BD,
             enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -118,7 +121,7 @@ def launch_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tens
 
 
 def launch_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -> Tensor:
-    """`sparse_decode_grad_W_dec`: entries sorted by latent, a program per block of latents and of columns."""
+    """`sparse_decode_grad_W_dec`: entries sorted, a program per block of latents and of columns."""
     (n, k), d = values.shape, grad_out.shape[1]
     out = values.new_empty(f, d)
     if out.numel() == 0:

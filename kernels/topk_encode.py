@@ -1,19 +1,21 @@
-"""The k largest pre-activations of every row: predict a threshold, filter in bf16, answer in float32, verify, repair.
+"""The k largest pre-activations: predict, filter in bf16, answer in float32, verify, repair.
 
-1. Predict: the rank-th largest score over a sample of the features gives each row a threshold. It need not be a bound.
-2. Filter: bf16 tensor-core tiles, never stored, append to the row's list every feature whose score could reach the
-   threshold, given the bound of `_filter_kernel` on the score's error.
-3. Answer: the listed features are computed in float32 and the k best kept, value descending, index ascending.
-4. Verify: no feature was lost if the list did not overflow and its k-th best value is at or above the threshold,
-   because every feature with a value at or above it is on the list.
-5. Repair: rows that fail are computed whole in float32. The launches are the same whatever the data; without such rows
-   they return at once.
+1. Predict: the rank-th largest score over a sample of the features gives each row a threshold. It
+   need not be a bound.
+2. Filter: bf16 tensor-core tiles, never stored, append to the row's list every feature whose score
+   could reach the threshold, given the bound of `_filter_kernel` on the score's error.
+3. Answer: the listed features are computed in float32 and the k best kept, value descending, index
+   ascending.
+4. Verify: no feature was lost if the list did not overflow and its k-th best value is at or above
+   the threshold, because every feature with a value at or above it is on the list.
+5. Repair: rows that fail are computed whole in float32. The launches are the same whatever the
+   data; without such rows they return at once.
 
-A feature's value comes from the same float32 sum on every path, so it depends neither on the threshold nor on the order
-in which programs append.
+A feature's value comes from the same float32 sum on every path, so it depends neither on the
+threshold nor on the order in which programs append.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import math
@@ -39,7 +41,8 @@ class Plan:
 
     Attributes:
         rows: rows of x worked on at once.
-        capacity: candidates a row may keep; f means that every feature is one and nothing is screened.
+        capacity: candidates a row may keep; f means that every feature is one and nothing is
+            screened.
         stride: every stride-th feature is sampled.
         group: sampled features behind one stored maximum.
         groups: stored maxima a row.
@@ -63,8 +66,9 @@ class Plan:
 def plan(n: int, f: int, k: int) -> Plan:
     """Sizes for n rows, f features, k active.
 
-    The sample's rank aims at 2 k features at or above the threshold, plus three standard deviations of how many of
-    those the sample holds; the capacity leaves four more, and a quarter for what the screen's error lets through.
+    The sample's rank aims at 2 k features at or above the threshold, plus three standard deviations
+    of how many of those the sample holds; the capacity leaves four more, and a quarter for what the
+    screen's error lets through.
     """
     stride = max(SAMPLE, triton.cdiv(f, SAMPLE * MAXIMA))
     mean = 2 * k / stride
@@ -83,7 +87,8 @@ def plan(n: int, f: int, k: int) -> Plan:
 
 
 @triton.jit
-def _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM: tl.constexpr, BN: tl.constexpr,
+def _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM: tl.constexpr,
+BN: tl.constexpr,
               BD: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """[BM, BN] products of bf16 rows, accumulated in float32."""
     acc = tl.zeros((BM, BN), tl.float32)
@@ -102,7 +107,8 @@ def _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM: tl.constex
 @triton.jit
 def _sample_kernel(
     x, W, b_enc, maxima, rows, f, d, x_stride, w_stride, stride, groups,
-    HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BM)
@@ -121,14 +127,17 @@ def _sample_kernel(
 
 @triton.jit
 def _filter_kernel(
-    x, x_stats, W, w_stats, b_enc, theta, count, index, rows, f, d, x_stride, w_stride, capacity, unit,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
+    x, x_stats, W, w_stats, b_enc, theta, count, index, rows, f, d, x_stride, w_stride, capacity,
+    unit,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Append every feature whose float32 value may reach the row's threshold.
 
-    c, w: float32 row and feature; cb, wb: their bf16 shadows; u = 2^-24. The products of bf16 are exact in float32.
-    A tensor core adds them with truncation: each addend loses at most one unit in the last of 24 bits of the block's
-    largest, and blocks are at least four wide, so |score - cb.wb| <= 4 d u |cb||wb|. Then
+    c, w: float32 row and feature; cb, wb: their bf16 shadows; u = 2^-24. The products of bf16 are
+    exact in float32. A tensor core adds them with truncation: each addend loses at most one unit in
+    the last of 24 bits of the block's largest, and blocks are at least four wide, so |score -
+    cb.wb| <= 4 d u |cb||wb|. Then
         cb.wb - c.w = -(c - cb).w - cb.(w - wb),   |value - c.w| <= 2 d u |c||w|,
     and with N = |c| + |c - cb| >= |c|, |cb|:
         |score - value| <= |w| (|c - cb| + 6 d u N) + |w - wb| N (1 + 4 d u).
@@ -168,8 +177,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    Reads one number back to the host at the end, to raise for NaN and infinity. While a CUDA graph is captured it
-    cannot, and a row with NaN gets an arbitrary answer.
+    Reads one number back to the host at the end, to raise for NaN and infinity. While a CUDA graph
+    is captured it cannot, and a row with NaN gets an arbitrary answer.
     """
     given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
     return run(plan(x.shape[0], W_enc.shape[0], k), x, W_enc, b_enc, b_dec, k, given)
@@ -190,17 +199,13 @@ def run(
         _raise_if_not_finite(x, W_enc, b_enc)
     probe = []
     with torch.cuda.device_of(x):
-        if p.capacity < f and n:
-            w_shadow, w_stats = screen_of(W_enc, screen)
-            probe.append(w_stats.sum())
-        else:
-            w_shadow = w_stats = None
-            probe.append(W_enc.sum(dtype=torch.float32))
+        shadow = screen_of(W_enc, screen) if p.capacity < f and n else None
+        probe.append(W_enc.sum(dtype=torch.float32) if shadow is None else shadow[1].sum())
         for first in range(0, n, p.rows):
             rows = slice(first, min(first + p.rows, n))
             lists = select.Lists(rows.stop - first, p.capacity, x.device)
-            if w_shadow is not None and w_stats is not None:
-                _screen(p, x[rows], b_dec, w_shadow, w_stats, b_enc, lists)
+            if shadow is not None:
+                _screen(p, x[rows], b_dec, *shadow, b_enc, lists)
             select.answer(
                 lists,
                 x[rows],
@@ -227,11 +232,13 @@ def screen_of(W_enc: Tensor, screen: tuple[Tensor, Tensor] | None) -> tuple[Tens
     """bf16 rows of W_enc and their statistics: those given, or made in one pass over W_enc."""
     if screen is not None:
         return screen[0].view(torch.bfloat16), screen[1]
-    return shadow_rows(W_enc, None)
+    made: tuple[Tensor, Tensor] = shadow_rows(W_enc, None)
+    return made
 
 
 def _screen(
-    p: Plan, x: Tensor, b_dec: Tensor | None, w_shadow: Tensor, w_stats: Tensor, b_enc: Tensor | None,
+    p: Plan, x: Tensor, b_dec: Tensor | None, w_shadow: Tensor, w_stats: Tensor,
+    b_enc: Tensor | None,
     lists: select.Lists,
 ) -> None:  # fmt: skip
     """Predict and filter: fill the lists of these rows."""

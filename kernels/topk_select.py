@@ -1,6 +1,6 @@
-"""From candidate lists to the answer of `topk_encode`: float32 values, the k best in order, verification, repair."""
+"""From candidate lists to the answer of `topk_encode`: values, the k best, verification, repair."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -55,7 +55,7 @@ def _key(value, index):
 @triton.jit
 def _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
           BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """float32 pre-activations [BN, BC] of rows [BN]; the same sum whichever features stand beside a feature."""
+    """float32 pre-activations [BN, BC] of rows [BN]; a sum does not depend on its neighbours."""
     acc = tl.zeros((BN, BC, BD), tl.float32)
     x_row = x + row[:, None] * d
     w_row = W + feature.to(tl.int64)[:, :, None] * d
@@ -95,7 +95,8 @@ def _threshold_kernel(maxima, theta, rows, groups, rank, BN: tl.constexpr, BG: t
 
 @triton.jit
 def _value_kernel(
-    x, b_dec, W, bias, count, index, value, rows, d, capacity, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, b_dec, W, bias, count, index, value, rows, d, capacity, HAS_B_DEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ALL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -121,7 +122,8 @@ def _select_kernel(
     theta, count, index, value, failed, failures, values, indices, candidates, rows, k, f, capacity,
     LISTED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Place each candidate by the number of better ones; check that the row lost none. LISTED: the failed rows."""
+    """Place each candidate by how many are better; check that the row lost none. LISTED: failed
+    rows."""
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     live = row < rows
     if LISTED:
@@ -184,7 +186,8 @@ def _repair_value_kernel(
 @triton.jit
 def _repair_pick_kernel(
     x, b_dec, W, bias, failed, failures, scratch, count, index, value, f, d, k, capacity, slots,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    BF: tl.constexpr,
 ):  # fmt: skip
     """Make the k best of all features the failed row's candidates."""
     slot = tl.program_id(0)
@@ -259,10 +262,12 @@ def threshold(maxima: Tensor, rank: int, theta: Tensor) -> None:
 
 
 def answer(
-    lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, slots: int,
+    lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
+    slots: int,
     values: Tensor, indices: Tensor, candidates: Tensor,
 ) -> None:  # fmt: skip
-    """Compute the listed features, write the k best of every row, and repair the rows whose list was not enough."""
+    """Compute the listed features, write the k best of every row, repair rows whose list fell
+    short."""
     (rows, d), f = x.shape, W_enc.shape[0]
     capacity = lists.index.shape[1]
     everything = capacity == f

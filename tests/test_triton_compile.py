@@ -25,7 +25,8 @@ RECORD = os.environ.get("MICROTOME_RECORD_BUDGET") == "1"
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> what the compiler made of it; compiled in processes that do not interpret."""
+    """Architecture -> kernel -> what the compiler made of it, in processes that do not
+    interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     processes = {
         arch: subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Triton kernels against float64 and against hand-made hard cases, by the interpreter where there is no GPU."""
+"""Triton kernels against float64 and hand-made hard cases; interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def test_the_filter_screens_most_features_and_needs_no_repair_on_gaussian_rows()
 @pytest.mark.parametrize(
     ("change", "repaired"),
     [
-        ({"capacity": 8}, 5),
-        ({"capacity": 8, "slots": 2}, 5),
+        ({"capacity": 16}, 5),
+        ({"capacity": 16, "slots": 2}, 5),
         ({"rank": 1, "group": 1}, None),
         ({"rank": 10**6}, 5),
         ({"rows": 16, "BM": 16, "BN": 32, "BD": 16, "group": 4}, 0),
@@ -153,7 +153,7 @@ def test_the_filter_screens_most_features_and_needs_no_repair_on_gaussian_rows()
     ],
 )
 def test_repaired_rows_hold_the_same_bits(change: dict[str, int], repaired: int | None) -> None:
-    case = Case("repair", 5, 24, 700, 8)
+    case = Case("repair", 5, 24, 700, 16)
     t = put(case.inputs())
     args = (t["x"], t["W_enc"], t["b_enc"], t["b_dec"], case.k)
     plan = encode.plan(case.n, case.f, case.k)
@@ -170,7 +170,8 @@ def test_repaired_rows_hold_the_same_bits(change: dict[str, int], repaired: int 
 
 
 def test_ties_go_to_the_lower_index_on_every_path() -> None:
-    # Every feature is one of three, so the k-th value is shared by hundreds and every list overflows.
+    # Every feature is one of three, so the k-th value is shared by hundreds and every list
+    # overflows.
     f, k = 900, 5
     W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).repeat(f // 3 + 1, 1)[:f].to(DEVICE)
     x = torch.tensor([[2.0, 1.0], [0.0, 3.0], [-1.0, -2.0], [0.0, -1.0]], device=DEVICE)
@@ -262,7 +263,8 @@ def update_inputs(
     shadow = screen_weights(params[0], "bf16") if screen else ("", None, None)
     arguments = [
         t["indices"].int(), t["values"], grad_values, grad_out, 0.7,
-        *(second if aux else (None, None, None, None, 0.0)), t["x"].contiguous(), *params, *moments, *shadow,
+        *(second if aux else (None, None, None, None, 0.0)), t["x"].contiguous(), *params,
+        *moments, *shadow,
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, 3,
         rule.rowsparse, rule.project, rule.renorm, center,
     ]  # fmt: skip
@@ -343,7 +345,8 @@ def test_a_screen_that_triton_cannot_refresh_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("n", "f", "k"),
-    [(1, 1, 1), (8192, 24576, 32), (8192, 65536, 64), (16384, 131072, 64), (4096, 1 << 20, 32), (1 << 20, 1 << 24, 4096),
+    [(1, 1, 1), (8192, 24576, 32), (8192, 65536, 64), (16384, 131072, 64), (4096, 1 << 20, 32),
+    (1 << 20, 1 << 24, 4096),
      (2048, 16384, 2048), (0, 4096, 8)],
 )  # fmt: skip
 def test_the_plan_keeps_its_workspace_and_its_counts_in_range(n: int, f: int, k: int) -> None:

@@ -1,7 +1,8 @@
-"""Compile Triton kernels for GPUs that need not be here, and print what the compiler made of them as JSON.
+"""Compile Triton kernels for GPUs that need not be here; print what came of it as JSON.
 
-Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are those that the host
-functions choose at d = 768, f = 24576, k = 32 (and d = 2304 for the update, which holds the most).
+Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are
+those that the host functions choose at d = 768, f = 24576, k = 32 (and d = 2304 for the update,
+which holds the most).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {
-    "n", "k", "d", "f", "rows", "m", "entries", "capacity", "slots", "groups", "rank", "stride", "turns",
+    "n", "k", "d", "f", "rows", "m", "entries", "capacity", "slots", "groups", "rank", "stride",
+    "turns",
     "x_stride", "w_stride", "stride_f", "shadow_stride",
 }  # fmt: skip
 FLOATS = {"unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root"}
 POINTERS = {
-    "indices": "i32", "index": "i32", "count": "i32", "failed": "i32", "failures": "i32", "candidates": "i32",
+    "indices": "i32", "index": "i32", "count": "i32", "failed": "i32", "failures": "i32",
+    "candidates": "i32",
     "source": "i32", "latents": "i32", "touched": "i32", "scratch": "i32", "offsets": "i64",
 }  # fmt: skip
 UNALIGNED = {"k", "rank", "turns", "slots"}
@@ -49,7 +52,8 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
     dots = {"HAS_B_DEC": True, "HAS_BIAS": True, "BD": topk_select.WIDTH}
     BN, BC = topk_select.TILE
     out: dict[str, tuple[Any, dict[str, Any], dict[str, str], int]] = {
-        "topk_encode.sample": (topk_encode._sample_kernel, {**tiles, "GROUP": plan.group}, shadows, 8),
+        "topk_encode.sample": (topk_encode._sample_kernel, {**tiles, "GROUP": plan.group},
+        shadows, 8),
         "topk_encode.filter": (topk_encode._filter_kernel, tiles, shadows, 8),
         "topk_encode.threshold": (
             topk_select._threshold_kernel,
@@ -57,17 +61,21 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
             {},
             4,
         ),
-        "topk_encode.value": (topk_select._value_kernel, {**dots, "ALL": False, "BN": BN, "BC": BC}, {}, 4),
+        "topk_encode.value": (topk_select._value_kernel, {**dots, "ALL": False, "BN": BN,
+        "BC": BC}, {}, 4),
         "topk_encode.value_bf16": (
             topk_select._value_kernel,
             {**dots, "ALL": False, "BN": BN, "BC": BC},
             dict.fromkeys(("x", "b_dec", "W", "bias"), "bf16"),
             4,
         ),
-        "topk_encode.select": (topk_select._select_kernel, {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}, {}, 4),
+        "topk_encode.select": (topk_select._select_kernel, {"LISTED": False, "BN": BN,
+        "BC": topk_select.BLOCK}, {}, 4),
         "topk_encode.repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, 4),
-        "topk_encode.repair_pick": (topk_select._repair_pick_kernel, {**dots, "BC": BC, "BF": topk_select.SCAN}, {}, 4),
-        "bf16.shadow": (bf16._shadow_kernel, {"HAS_SUBTRACT": True, "STORE": True, "BR": 4, "BD": 512},
+        "topk_encode.repair_pick": (topk_select._repair_pick_kernel, {**dots, "BC": BC,
+        "BF": topk_select.SCAN}, {}, 4),
+        "bf16.shadow": (bf16._shadow_kernel, {"HAS_SUBTRACT": True, "STORE": True, "BR": 4,
+        "BD": 512},
                         {"shadow": "i16"}, 4),
     }  # fmt: skip
     types = dict.fromkeys(
@@ -82,7 +90,8 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
     )  # fmt: skip
     BL, BD = segments.tile(f, d, False, sparse_decode.WIDEST, 1024)
     out["sparse_decode.grad_W_dec"] = (
-        sparse_decode._sparse_decode_grad_W_dec_kernel, {"CHUNK": segments.CHUNK, "BL": BL, "BD": BD}, {}, 4,
+        sparse_decode._sparse_decode_grad_W_dec_kernel, {"CHUNK": segments.CHUNK, "BL": BL,
+        "BD": BD}, {}, 4,
     )  # fmt: skip
     for kind, pointers in (("fp32", {}), ("bf16", types)):
         BN, BD = segments.tile(n, d, False)
@@ -124,7 +133,8 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
             warps,
         )
     out["sae_update.bias"] = (
-        sae_update._sae_update_bias_kernel, {"OPTIMIZER": "adam", "MOMENTUM": True, "BD": 256}, {}, 4,
+        sae_update._sae_update_bias_kernel, {"OPTIMIZER": "adam", "MOMENTUM": True, "BD": 256},
+        {}, 4,
     )  # fmt: skip
     return out
 
