@@ -25,7 +25,6 @@ int64_t sparse_decode_grad_W_dec(bool half, uintptr_t values, uintptr_t indices,
 
 // One instruction set's kernels for one storage type, over a range of rows or features. padded(d) is d rounded up to a
 // multiple of 16.
-// rows or features.
 template <class T>
 struct SparseDecodeTable {
     // Rows [begin, end); scratch [padded(d)].

@@ -51,7 +51,7 @@ def threads() -> int:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements lie, 0 for None. The caller keeps the tensor alive, and contiguous."""
+    """Where a tensor's elements lie, 0 for None. The caller keeps it alive, and contiguous."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

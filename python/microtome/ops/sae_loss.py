@@ -1,4 +1,4 @@
-"""Decode, squared error and the gradient of the values, in one pass over the active decoder rows."""
+"""Decode, squared error and the gradient of the values, in one pass over the decoder rows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from microtome import _check, _native
 from microtome.ops._registry import Backend, Op
-from microtome.ops.sparse_decode import why_not_code
+from microtome.ops.sparse_decode import _grad_W_dec, why_not_code
 
 
 def sae_loss(
@@ -32,15 +33,16 @@ def sae_loss(
         b_dec: [d], or None for zero.
 
     Returns:
-        sse [n] in float32 (float64 for float64), grad_out [n, d], grad_values [n, k] in x's dtype; all accumulated
-        in float32.
+        sse [n] in float32 (float64 for float64), grad_out [n, d], grad_values [n, k] in x's dtype;
+        all accumulated in float32.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: as for sparse_decode.
         BackendError: a demanded backend cannot run these inputs.
 
-    `sse` is differentiable in x, values, W_dec, b_dec; the other two outputs are not. Deterministic. Reads each active
-    decoder row once from memory (the second use hits the cache); the reconstruction is never formed.
+    `sse` is differentiable once in x, values, W_dec, b_dec; the other two outputs are not.
+    Deterministic: the same bits for any number of threads. Reads each active decoder row once from
+    memory (the second use hits the cache); the reconstruction is never formed.
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
     sizes = _check.shapes(
@@ -89,18 +91,20 @@ def _setup_context(
     ctx.mark_non_differentiable(grad_out, grad_values)
 
 
+# The saved gradients stand for functions of the inputs: differentiating them again must not pass.
+@once_differentiable
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_sse: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     values, indices, grad_out, grad_values = ctx.saved_tensors  # type: ignore[attr-defined]
-    need = ctx.needs_input_grad  # type: ignore[attr-defined]
+    need, f = ctx.needs_input_grad, ctx.f  # type: ignore[attr-defined]
     row = grad_sse[:, None].to(grad_out.dtype)  # [n, 1]
     grad = grad_out * row  # [n, d]
     return (
         -grad if need[0] else None,
         grad_values * row if need[1] else None,
         None,
-        torch.ops.microtome.sparse_decode_grad_W_dec(values, indices, grad, ctx.f) if need[3] else None,  # type: ignore[attr-defined]
+        _grad_W_dec(values, indices, grad, f) if need[3] else None,
         grad.sum(0) if need[4] else None,
     )
 

@@ -13,13 +13,16 @@ from microtome.ops._registry import Backend, Op, why_not_common
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
-def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
     """Reconstruct activations from k active features per row.
 
         out[i] = b_dec + sum_j values[i, j] * W_dec[indices[i, j]]
 
     Args:
-        values: [n, k] float32, bfloat16, float16 or float64. Feature activations, in units of the decoder rows.
+        values: [n, k] float32, bfloat16, float16 or float64. Feature activations, in units of the
+            decoder rows.
         indices: [n, k] int32 or int64, each in [0, f). Repeats add up.
         W_dec: [f, d], one row per feature, dtype of values.
         b_dec: [d], or None for zero.
@@ -33,16 +36,23 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
         ArgumentError: an index lies outside [0, f).
         BackendError: a demanded backend cannot run these inputs.
 
-    Differentiable in values, W_dec, b_dec. Deterministic. Reads n*k*d weights; never forms the [n, f] code.
+    Differentiable in values, W_dec, b_dec, to any order. Deterministic: the same bits for any
+    number of threads. Reads n*k*d weights; never forms the [n, f] code. A W_dec that is not
+    contiguous is copied first.
     Source: Gao et al. 2024, arXiv:2406.04093.
 
     Example:
         >>> import torch
-        >>> sparse_decode(torch.tensor([[2.0]]), torch.tensor([[1]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> W_dec = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> sparse_decode(torch.tensor([[2.0]]), torch.tensor([[1]]), W_dec)
         tensor([[0., 6.]])
     """
     sizes = _check.shapes(
-        "sparse_decode", values=(values, "n k"), indices=(indices, "n k"), W_dec=(W_dec, "f d"), b_dec=(b_dec, "d")
+        "sparse_decode",
+        values=(values, "n k"),
+        indices=(indices, "n k"),
+        W_dec=(W_dec, "f d"),
+        b_dec=(b_dec, "d"),
     )
     _check.dtype("sparse_decode", _check.FLOATS, values=values)
     _check.same_dtype("sparse_decode", values=values, W_dec=W_dec, b_dec=b_dec)
@@ -54,7 +64,9 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     return out
 
 
-def sparse_decode_reference(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+def sparse_decode_reference(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
     """One feature at a time, so nothing larger than [n, d] is formed."""
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     out = torch.zeros(values.shape[0], W_dec.shape[1], dtype=wide, device=values.device)  # [n, d]
@@ -74,8 +86,10 @@ def sparse_decode_grad_values_reference(grad_out: Tensor, indices: Tensor, W_dec
     return out.to(grad_out.dtype)
 
 
-def sparse_decode_grad_W_dec_reference(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -> Tensor:
-    """grad_W_dec[g] = sum over (i, j) with indices[i, j] == g of values[i, j] * grad_out[i], [f, d]."""
+def sparse_decode_grad_W_dec_reference(
+    values: Tensor, indices: Tensor, grad_out: Tensor, f: int
+) -> Tensor:
+    """grad_W_dec[g] = sum of values[i, j] * grad_out[i] where indices[i, j] == g, [f, d]."""
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     out = torch.zeros(f, grad_out.shape[1], dtype=wide, device=values.device)  # [f, d]
     for j in range(values.shape[1]):
@@ -83,12 +97,16 @@ def sparse_decode_grad_W_dec_reference(values: Tensor, indices: Tensor, grad_out
     return out.to(values.dtype)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
     values, indices, W_dec, _ = inputs
     ctx.save_for_backward(values, indices, W_dec)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor
+) -> tuple[Tensor | None, ...]:
     values, indices, W_dec = ctx.saved_tensors  # type: ignore[attr-defined]
     need = ctx.needs_input_grad  # type: ignore[attr-defined]
     grad_out = grad_out.contiguous()
@@ -101,7 +119,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tup
 
 
 def why_not_code(backend: str, *args: object) -> str | None:
-    """Why a backend cannot take a sparse code and its weights: the common reasons, or mixed dtypes, or a huge f."""
+    """Why a backend cannot take a sparse code: the common reasons, mixed dtypes, or a huge f."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
     if len(dtypes) > 1:
@@ -120,7 +138,9 @@ def _cpu_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | 
     out = torch.empty(n, d, dtype=values.dtype)
     pointers = [_native.address(t) for t in (values, codes, W_dec, b_dec, out)]
     half = values.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    bad = _native.module().sparse_decode(
+        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
+    )
     _native.raise_outside("sparse_decode", indices, f, bad)
     return out
 
@@ -132,7 +152,9 @@ def _cpu_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor
     out = torch.empty(n, k, dtype=grad_out.dtype)
     pointers = [_native.address(t) for t in (grad_out, codes, W_dec, out)]
     half = grad_out.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode_grad_values(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    bad = _native.module().sparse_decode_grad_values(
+        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
+    )
     _native.raise_outside("sparse_decode_grad_values", indices, f, bad)
     return out
 
@@ -144,7 +166,9 @@ def _cpu_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -
     out = torch.empty(f, d, dtype=values.dtype)
     pointers = [_native.address(t) for t in (values, codes, grad_out, out)]
     half = values.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode_grad_W_dec(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
+    bad = _native.module().sparse_decode_grad_W_dec(
+        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
+    )
     _native.raise_outside("sparse_decode_grad_W_dec", indices, f, bad)
     return out
 
@@ -153,15 +177,51 @@ def _cpu(function: str) -> list[Backend]:
     return [Backend("cpu", f"{__name__}:{function}", partial(why_not_code, "cpu"))]
 
 
+def _save_tensors(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+# Each gradient is linear in what it is made of, so the three ops are each other's derivatives.
+def _grad_values_backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_out, indices, W_dec = ctx.saved_tensors  # type: ignore[attr-defined]
+    need = ctx.needs_input_grad  # type: ignore[attr-defined]
+    return (
+        _decode(grad, indices, W_dec, None) if need[0] else None,
+        None,
+        _grad_W_dec(grad, indices, grad_out, W_dec.shape[0]) if need[2] else None,
+    )
+
+
+def _grad_W_dec_backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    values, indices, grad_out = ctx.saved_tensors  # type: ignore[attr-defined]
+    need = ctx.needs_input_grad  # type: ignore[attr-defined]
+    return (
+        _grad_values(grad_out, indices, grad) if need[0] else None,
+        None,
+        _decode(values, indices, grad, None) if need[2] else None,
+        None,
+    )
+
+
 _grad_values = Op(
     sparse_decode_grad_values_reference,
     fake=lambda grad_out, indices, W_dec: grad_out.new_empty(indices.shape),
     backends=_cpu("_cpu_grad_values"),
+    backward=_grad_values_backward,
+    setup_context=_save_tensors,
 )
 _grad_W_dec = Op(
     sparse_decode_grad_W_dec_reference,
     fake=lambda values, indices, grad_out, f: values.new_empty(f, grad_out.shape[1]),
     backends=_cpu("_cpu_grad_W_dec"),
+    backward=_grad_W_dec_backward,
+    setup_context=_save_tensors,
 )
 _decode = Op(
     sparse_decode_reference,

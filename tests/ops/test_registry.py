@@ -1,0 +1,196 @@
+"""The dispatcher: who is chosen, what a demand does, and what it says when it cannot be met."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import microtome as mt
+from microtome import _native, errors
+from microtome.ops import _registry
+from microtome.ops._registry import Backend, Op, demanded_backend, use_backend
+
+needs_extension = pytest.mark.skipif(
+    _native.why_absent() is not None, reason="the extension is absent"
+)
+CALLS: list[str] = []
+
+
+def registry_probe_reference(x: Tensor, scale: float) -> Tensor:
+    CALLS.append("reference")
+    return x * scale
+
+
+def registry_probe_cpu(x: Tensor, scale: float) -> Tensor:
+    CALLS.append("cpu")
+    return x * scale
+
+
+def registry_autocast_reference(x: Tensor) -> Tensor:
+    return x @ x
+
+
+# Two backends in Python, so that the dispatcher is tested without the extension.
+probe = Op(
+    registry_probe_reference,
+    fake=lambda x, scale: torch.empty_like(x),
+    backends=[
+        Backend("cpu", "absent:absent", lambda x, scale: "scale is 0" if scale == 0 else None)
+    ],
+)
+probe.backends[0].__dict__["run"] = registry_probe_cpu
+autocast_probe = Op(registry_autocast_reference, fake=lambda x: torch.empty_like(x))
+for op in (probe, autocast_probe):
+    _registry.OPS.pop(op.name)  # microtome's own table lists microtome's own ops
+X = torch.ones(2)
+
+
+@pytest.fixture(autouse=True)
+def no_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts without a demand, whatever the environment says."""
+    monkeypatch.delenv("MICROTOME_BACKEND", raising=False)
+    monkeypatch.delenv("MICROTOME_REQUIRE", raising=False)
+    CALLS.clear()
+
+
+def test_the_first_backend_that_can_run_is_chosen() -> None:
+    probe(X, 2.0)
+    assert CALLS == ["cpu"]
+
+
+def test_a_backend_that_cannot_run_gives_way_to_the_next() -> None:
+    probe(X, 0.0)
+    assert CALLS == ["reference"]
+
+
+def test_use_backend_nests_and_is_undone_also_by_an_exception() -> None:
+    def fail() -> None:
+        with use_backend("triton"):
+            assert demanded_backend() == "triton"
+            raise KeyError(X)
+
+    with use_backend("reference"):
+        with use_backend("cpu"):
+            probe(X, 2.0)
+        with use_backend("auto"):
+            assert demanded_backend() is None
+        with pytest.raises(KeyError, match="tensor"):
+            fail()
+        probe(X, 2.0)
+    assert demanded_backend() is None
+    assert CALLS == ["cpu", "reference"]
+
+
+def test_an_unknown_backend_is_named_and_demands_nothing() -> None:
+    text = (
+        r"^use_backend: no backend 'gpu'; choose one of 'cuda', 'triton', 'cpu', 'reference' "
+        r"or 'auto'\.$"
+    )
+    with pytest.raises(errors.ArgumentError, match=text), use_backend("gpu"):
+        pass
+    assert demanded_backend() is None
+
+
+def test_the_environment_demands_a_backend_and_a_block_overrules_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MICROTOME_BACKEND", "reference")
+    probe(X, 2.0)
+    with use_backend("cpu"):
+        probe(X, 2.0)
+    with use_backend("auto"):
+        probe(X, 2.0)
+    monkeypatch.setenv("MICROTOME_BACKEND", "auto")
+    probe(X, 2.0)
+    assert CALLS == ["reference", "cpu", "cpu", "cpu"]
+
+
+def test_a_demand_that_cannot_be_met_lists_every_input_and_every_reason() -> None:
+    with use_backend("cpu"), pytest.raises(errors.BackendError) as raised:
+        probe(X, 0.0)
+    assert str(raised.value) == (
+        "registry_probe: backend 'cpu' was demanded but cannot run here.\n"
+        "  x: [2] float32 cpu\n"
+        "  scale: 0.0\n"
+        "because\n"
+        "  cuda: not written for this op\n"
+        "  triton: not written for this op\n"
+        "  cpu: scale is 0\n"
+        "  reference: can run it\n"
+        'Demand another with use_backend("reference"), or none to let microtome choose.'
+    )
+    assert CALLS == []
+
+
+def test_explain_says_what_each_backend_answers() -> None:
+    assert probe.explain(X.bfloat16(), 2.0).splitlines() == [
+        "  x: [2] bfloat16 cpu",
+        "  scale: 2.0",
+        "backends, in order of choice",
+        "  cuda: not written for this op",
+        "  triton: not written for this op",
+        "  cpu: can run it",
+        "  reference: can run it",
+    ]
+
+
+def test_a_graph_compiled_before_the_demand_follows_it() -> None:
+    compiled = torch.compile(lambda x: probe(x, 3.0) + 1, fullgraph=True, backend="aot_eager")
+    compiled(X)
+    assert CALLS[-1] == "cpu"
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with use_backend("reference"):
+        assert torch.equal(compiled(X), X * 3 + 1)
+    assert CALLS[-1] == "reference"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_autocast_is_off_inside_an_op() -> None:
+    x = torch.full((8, 8), 1 + 2**-12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = autocast_probe(x)
+        assert (x @ x).dtype == torch.bfloat16
+    assert out.dtype == torch.float32
+    assert torch.equal(out, x @ x)
+
+
+def test_info_names_every_backend() -> None:
+    report = mt.info()
+    assert list(report) == ["cuda", "triton", "cpu", "reference"]
+    assert report["reference"] == "available"
+    if not torch.cuda.is_available():
+        assert report["cuda"] != "available"
+
+
+def test_info_fails_where_a_required_backend_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "load", lambda: (None, "no compiler was found"))
+    monkeypatch.setenv("MICROTOME_REQUIRE", "cpu,reference,tpu")
+    text = (
+        r"^MICROTOME_REQUIRE names backends that are missing\. "
+        r"cpu: no compiler was found; tpu: no such backend$"
+    )
+    with pytest.raises(errors.BackendError, match=text):
+        mt.info()
+    monkeypatch.setenv("MICROTOME_REQUIRE", "reference")
+    assert mt.info()["cpu"] == "no compiler was found"
+
+
+def test_without_the_extension_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "load", lambda: (None, "no compiler was found"))
+    code = (torch.tensor([[2.0]]), torch.tensor([[1]]), torch.tensor([[1.0], [3.0]]))
+    assert mt.ops.sparse_decode(*code).tolist() == [[6.0]]
+    text = r"\n  cpu: no compiler was found\n"
+    with use_backend("cpu"), pytest.raises(errors.BackendError, match=text):
+        mt.ops.sparse_decode(*code)
+
+
+@needs_extension
+def test_the_forced_instruction_set_is_never_above_the_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MICROTOME_CPU_ISA", raising=False)
+    best = _native.LEVELS.index(_native.isa())
+    for number, level in enumerate(_native.LEVELS):
+        monkeypatch.setenv("MICROTOME_CPU_ISA", level)
+        assert _native.isa() == _native.LEVELS[min(number, best)]
