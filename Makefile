@@ -42,11 +42,13 @@ $(VENV)/.models: $(VENV)/.env-demo
 demo: $(VENV)/.env-demo $(VENV)/.built $(VENV)/.models  ## fresh machine to a trained SAE, pictures and numbers (10 minutes)
 	$(VENV)/bin/microtome demo --out demo-output
 
-test: $(VENV)/.env-dev $(VENV)/.built test-triton  ## every test this machine can run
-	$(VENV)/bin/pytest -q -m "not interpret"
+test: $(VENV)/.env-dev $(VENV)/.built  ## every test this machine can run
+	$(VENV)/bin/pytest -q
+	$(MAKE) test-triton
 
+# In a process of their own: Triton decides at import whether it interprets. With a GPU the first call runs them there.
 test-triton: $(VENV)/.env-dev $(VENV)/.built  ## the Triton kernels under the interpreter
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -m "interpret"
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -m triton tests/ops tests/test_triton_interpreter.py
 
 sanitize: $(VENV)/.torch  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DMICROTOME_SANITIZE=ON -DMICROTOME_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja
