@@ -9,7 +9,10 @@ namespace microtome::test {
     X(topk_encode_tells_near_ties_apart_at_every_level)  \
     X(topk_encode_computes_overflowing_rows_whole)       \
     X(topk_encode_keeps_few_candidates_on_gaussian_rows) \
-    X(topk_encode_names_what_is_not_finite)
+    X(topk_encode_names_what_is_not_finite)              \
+    X(decode_and_loss_are_right_at_every_level)          \
+    X(the_update_agrees_between_levels_and_threads)      \
+    X(the_screen_bounds_its_error_at_every_level)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
