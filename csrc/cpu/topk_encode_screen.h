@@ -17,41 +17,64 @@ inline void append(const Screening& s, int64_t row, float upper, float lower, in
     if (++count == s.limit[row]) prune_bounds(s, row);
 }
 
-// score = scale_x scale_w acc + bias; upper and lower = score +- (error_w |w| + error_r |w - shadow| + slack |bias|).
-// `rows` are kWidth neighbours; acc is the low-precision dot product of each with feature `f`.
-inline void filter(const Screening& s, int64_t row, int64_t f, vf acc, vf scale, vf error_w, vf error_r, vf threshold) {
-    const float* stat = s.stats + f * 4;
-    const float bias = s.bias ? s.bias[f] : 0.0f;
-    const vf score = fma(acc, mul(scale, set1(stat[0])), set1(bias));
-    const vf error = fma(error_w, set1(stat[1]), fma(error_r, set1(stat[2]), set1(kSlack * __builtin_fabsf(bias))));
-    const vf upper = add(score, error);
-    unsigned hits = not_less(upper, threshold);  // a NaN is a hit, fills the list, and so takes the exact path
-    if (!hits) return;
-    alignas(64) float high[kWidth], low[kWidth];
-    store(high, upper);
-    store(low, sub(score, error));
-    for (; hits; hits &= hits - 1) {
-        const int lane = __builtin_ctz(hits);
-        append(s, row + lane, high[lane], low[lane], f);
+// What kFeatures neighbouring features have in common while every row passes by.
+template <int kFeatures>
+struct Step {
+    float scale[kFeatures], bias[kFeatures], norm[kFeatures], residual[kFeatures], slack[kFeatures];
+    float widest_norm = 0, widest_residual = 0, widest_slack = 0;
+
+    Step(const Screening& s, int64_t start) {
+        for (int g = 0; g < kFeatures; ++g) {
+            const int64_t f = start + g;
+            const float* stat = s.stats + f * 4;
+            scale[g] = stat[0], norm[g] = stat[1], residual[g] = stat[2];
+            bias[g] = s.bias ? s.bias[f] : 0.0f;
+            slack[g] = kSlack * __builtin_fabsf(bias[g]);
+            widest_norm = norm[g] > widest_norm ? norm[g] : widest_norm;
+            widest_residual = residual[g] > widest_residual ? residual[g] : widest_residual;
+            widest_slack = slack[g] > widest_slack ? slack[g] : widest_slack;
+        }
     }
-}
+};
 
 // The loop around a level's tile product. `tile(w, stride, x, padded, out)` multiplies kFeatures neighbouring shadow
 // rows with kRows packed rows of x (panels of kPanel rows, each kPanel * padded codes) into out[feature][row]. A block
 // has at least kFeatures features (the driver sees to it), so the last step of a range may look back and pass over what
 // it has seen.
+//
+//     score = scale_x scale_w out + bias;  upper, lower = score +- (error_w |w| + error_r |w - shadow| + slack |bias|)
+//
+// The widest error of a step's features is tried first: rounding is monotone, so what misses the threshold with it
+// misses it with its own error too, and nearly every feature does.
 template <int kFeatures, int kRows, class Tile>
 inline void screen_tiles(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1, Tile tile) {
-    alignas(64) float out[kFeatures][kRows];
+    alignas(64) float out[kFeatures][kRows], high[kWidth], low[kWidth];
     for (int64_t f = f0; f < f1; f += kFeatures) {
         const int64_t start = f + kFeatures <= f1 ? f : (f1 > kFeatures ? f1 - kFeatures : 0);
+        const int64_t first_new = f - start, end = f1 - start < kFeatures ? f1 - start : kFeatures;
+        const Step<kFeatures> step(s, start);
         for (int64_t r = r0; r < r1; r += kRows) {
             tile(s.shadow + start * s.stride, s.stride, s.packed + r * s.padded, s.padded, out);
             for (int64_t row = r; row < r + kRows; row += kWidth) {
                 const vf scale = load(s.scale + row), threshold = load(s.threshold + row);
                 const vf error_w = load(s.error_w + row), error_r = load(s.error_r + row);
-                for (int64_t g = f - start; g < kFeatures && start + g < f1; ++g) {
-                    filter(s, row, start + g, load(out[g] + (row - r)), scale, error_w, error_r, threshold);
+                const auto error = [&](float norm, float residual, float slack) {
+                    return fma(error_w, set1(norm), fma(error_r, set1(residual), set1(slack)));
+                };
+                const vf widest = error(step.widest_norm, step.widest_residual, step.widest_slack);
+                for (int64_t g = first_new; g < end; ++g) {
+                    const vf score = fma(load(out[g] + (row - r)), mul(scale, set1(step.scale[g])), set1(step.bias[g]));
+                    // "not less": a NaN is a hit, fills the list, and so takes the exact path.
+                    if (!not_less(add(score, widest), threshold)) continue;
+                    const vf own = error(step.norm[g], step.residual[g], step.slack[g]), upper = add(score, own);
+                    unsigned hits = not_less(upper, threshold);
+                    if (!hits) continue;
+                    store(high, upper);
+                    store(low, sub(score, own));
+                    for (; hits; hits &= hits - 1) {
+                        const int lane = __builtin_ctz(hits);
+                        append(s, row + lane, high[lane], low[lane], start + g);
+                    }
                 }
             }
         }
