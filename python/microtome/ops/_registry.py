@@ -64,7 +64,7 @@ def unavailable(name: str) -> str | None:
         elif _native.why_absent():
             return _native.why_absent()
         elif not _native.module().has_cuda():
-            return "the extension was built without nvcc"
+            return "the extension holds no CUDA kernels"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
     return None
