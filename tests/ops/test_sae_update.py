@@ -12,6 +12,7 @@ from microtome import _native
 from microtome._seed import generator
 from microtome.ops import (
     Code,
+    Screen,
     UpdateRule,
     moments_for,
     sae_update,
@@ -20,7 +21,15 @@ from microtome.ops import (
 )
 from microtome.ops.sae_update import OPTIMIZERS, _update
 from microtome.ops.screen_weights import KINDS
-from microtome.testing import CASES, Case, assert_accurate, backends_of
+from microtome.testing import (
+    CASES,
+    Case,
+    assert_accurate,
+    backends_of,
+    factor_of,
+    interpreted,
+    skip_if_interpreted,
+)
 
 on_every_backend = pytest.mark.parametrize("backend", backends_of(_update))
 # The reference is the measure of accuracy, so it is not measured.
@@ -29,6 +38,7 @@ needs_extension = pytest.mark.skipif(
     _native.why_absent() is not None, reason="the extension is absent"
 )
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+LARGE = ("dense", "massive", "medium")
 
 
 @dataclass
@@ -83,13 +93,25 @@ def problem(
     return Problem(main, second, i["x"], params, moments, rule)  # type: ignore[arg-type]
 
 
+def screen_for(backend: str, W_enc: Tensor, kind: str = "") -> Screen:
+    """A screen of the kind, or of the best that the backend refreshes, made on that backend.
+
+    Triton has no `screen_weights` of its own, so the reference makes it.
+    """
+    if not kind:
+        kind = "bf16" if backend == "triton" else "auto"
+    with use_backend("reference" if backend == "triton" else backend):
+        return screen_weights(W_enc, kind)
+
+
 def assert_right(case: Case, rule: UpdateRule, backend: str, *, aux: bool = False) -> None:
     got = problem(case, rule, aux=aux).step(backend)
     plain = problem(case, rule, aux=aux).step("reference")
     exact = problem(case, rule, torch.float64, aux=aux).step("reference")
     assert torch.equal(got.pop("fired"), exact.pop("fired"))
     for name, tensor in got.items():
-        assert_accurate(tensor, plain[name], exact[name], f"{name} ({rule}, aux={aux})")
+        what, factor = f"{name} ({rule}, aux={aux})", factor_of(backend, exact[name])
+        assert_accurate(tensor, plain[name], exact[name], what, factor)
 
 
 def two_by_two(dtype: torch.dtype = torch.float32) -> tuple[Code, Tensor, tuple[Tensor, ...]]:
@@ -215,6 +237,8 @@ def test_gradients_are_those_of_autograd_on_the_loss(center: bool, with_aux: boo
 def test_errors_are_at_most_twice_those_of_plain_pytorch(
     backend: str, optimizer: str, case: Case
 ) -> None:
+    if case.name in LARGE and (case.name, optimizer) != ("massive", "adam"):
+        skip_if_interpreted(backend, "takes seconds for a large case; massive-adam stands for them")
     for rowsparse, both, aux in (
         (False, True, False),
         (False, False, True),
@@ -259,7 +283,8 @@ def test_repeated_indices_in_a_row_add_up(backend: str) -> None:
     plain, exact = (repeated(t).step("reference") for t in (torch.float32, torch.float64))
     assert int(got.pop("fired")[3]) == int((repeated(torch.float32).code.values > 0).sum())
     for name in got:
-        assert_accurate(got[name], plain[name], exact[name], name)
+        factor = factor_of(backend, exact[name])
+        assert_accurate(got[name], plain[name], exact[name], name, factor)
 
 
 @on_every_backend
@@ -280,8 +305,7 @@ def test_rowsparse_leaves_untouched_rows_as_they_are(backend: str, optimizer: st
     p = problem(CASES[-1], UpdateRule(optimizer, rowsparse=True, weight_decay=0.1))
     p.code.indices = p.code.indices % 300
     before = {name: t.clone() for name, t in p.tensors.items()}
-    with use_backend(backend):
-        screen = screen_weights(p.params[0])
+    screen = screen_for(backend, p.params[0])
     shadow = screen.shadow.clone()
     after = p.step(backend, screen=screen)
     touched = torch.zeros(1000, dtype=torch.bool)
@@ -298,16 +322,25 @@ def test_rowsparse_leaves_untouched_rows_as_they_are(backend: str, optimizer: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rowsparse", [True, False])
 def test_the_shadow_is_that_of_the_new_weights(backend: str, kind: str, rowsparse: bool) -> None:
-    p = problem(CASES[-1], UpdateRule(rowsparse=rowsparse))
-    with use_backend(backend):
-        screen = screen_weights(p.params[0], kind)
+    if backend == "triton" and kind != "bf16":
+        pytest.skip("triton refreshes bf16 screens; it refuses others by name")
+    p = problem(CASES[3 if interpreted(backend) else -1], UpdateRule(rowsparse=rowsparse))
+    screen = screen_for(backend, p.params[0], kind)
     old = screen.shadow.clone()
     p.step(backend, screen=screen)
-    with use_backend(backend):
-        fresh = screen_weights(p.params[0], kind)
+    fresh = screen_for(backend, p.params[0], kind)
     assert torch.equal(screen.shadow, fresh.shadow)
-    assert torch.equal(screen.stats, fresh.stats)
     assert not torch.equal(screen.shadow, old)
+    if backend != "triton":
+        assert torch.equal(screen.stats, fresh.stats)
+        return
+    # Triton sums in float32 and rounds the norms further up: bounds, if not the same bits.
+    W, d = p.params[0].double(), p.params[0].shape[1]
+    lost = W - screen.shadow[:, :d].contiguous().view(torch.bfloat16).double()
+    assert torch.equal(screen.stats[:, [0, 3]], fresh.stats[:, [0, 3]])
+    for column, exact in ((1, W.norm(dim=1)), (2, lost.norm(dim=1))):
+        assert bool((screen.stats[:, column] >= exact).all())
+        assert bool((screen.stats[:, column] <= 1.001 * exact + 1e-15).all())
 
 
 @needs_extension
@@ -369,7 +402,7 @@ def test_parameters_that_require_grad_and_strided_inputs_are_taken(backend: str)
 @on_every_backend
 def test_opcheck(backend: str) -> None:
     p = problem(CASES[2], UpdateRule("sgd"), aux=True)
-    screen = screen_weights(p.params[0], "q15")
+    screen = screen_weights(p.params[0], "bf16" if backend == "triton" else "q15")
     codes = [
         (c.indices, c.values, c.grad_values, c.grad_out, c.scale)
         for c in (p.code, p.aux)
