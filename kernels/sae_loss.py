@@ -58,7 +58,8 @@ def launch(
     """`sae_loss`: a program per block of rows."""
     (n, k), d = values.shape, W_dec.shape[1]
     sse = torch.empty(n, dtype=torch.float32, device=x.device)
-    grad_out, grad_values = x.new_empty(n, d), x.new_empty(n, k)
+    grad_out = torch.empty(n, d, dtype=x.dtype, device=x.device)
+    grad_values = torch.empty(n, k, dtype=x.dtype, device=x.device)
     if n:
         BN, BD = tile(n, d, not x.is_cuda)
         with torch.cuda.device_of(x):

@@ -18,6 +18,8 @@ from microtome.kernels.segments import (
 )
 from torch import Tensor
 
+from microtome import _check
+
 # At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
 # machine.
 PROGRAMS = 2048
@@ -163,7 +165,11 @@ def launch(
     rowsparse: bool, project: bool, renorm: bool, center: bool,
 ) -> Tensor:  # fmt: skip
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
-    latents."""
+    latents.
+
+    With a screen it reads one number back to the host at the end, to raise for a step that went
+    beyond float32. While a CUDA graph is captured it cannot.
+    """
     (n, k), (f, d) = indices.shape, W_enc.shape
     x, grad_out = x.contiguous(), grad_out.contiguous()
     flat, value, grad_value = indices.flatten(), values.flatten(), grad_values.flatten()
@@ -217,6 +223,13 @@ def launch(
             b_dec, grad, x if m_b_dec is None else m_b_dec, x if v_b_dec is None else v_b_dec,
             d, *rule, root, **kinds, BD=256, enable_fp_fusion=True,
         )  # fmt: skip
+    if (
+        refresh
+        and stats is not None
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not bool(stats[:, 1].sum().isfinite())
+    ):
+        _check.finite_rows("sae_update", "W_enc", W_enc)
     return fired
 
 

@@ -90,7 +90,7 @@ def _sparse_decode_grad_W_dec_kernel(
 def launch(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """`sparse_decode`: a program per block of rows and of columns."""
     (n, k), d = values.shape, W_dec.shape[1]
-    out = values.new_empty(n, d)
+    out = torch.empty(n, d, dtype=values.dtype, device=values.device)
     if out.numel() == 0:
         return out
     BN, BD = tile(n, d, not values.is_cuda, WIDEST)
@@ -108,7 +108,7 @@ def launch(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None)
 def launch_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """`sparse_decode_grad_values`: a program per block of (row, feature) pairs."""
     (n, k), d = indices.shape, W_dec.shape[1]
-    out = grad_out.new_empty(n, k)
+    out = torch.empty(n, k, dtype=grad_out.dtype, device=grad_out.device)
     if out.numel() == 0:
         return out
     BE, BD = tile(n * k, d, not grad_out.is_cuda, WIDEST)
@@ -123,7 +123,7 @@ def launch_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tens
 def launch_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -> Tensor:
     """`sparse_decode_grad_W_dec`: entries sorted, a program per block of latents and of columns."""
     (n, k), d = values.shape, grad_out.shape[1]
-    out = values.new_empty(f, d)
+    out = torch.empty(f, d, dtype=values.dtype, device=values.device)
     if out.numel() == 0:
         return out
     segments = sort_by_latent(indices.flatten(), f)

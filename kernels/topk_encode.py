@@ -196,7 +196,7 @@ def run(
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
     if not x.is_cuda:  # interpreted: numpy would warn about NaN first
-        _raise_if_not_finite(x, W_enc, b_enc)
+        _raise_if_not_finite(x, W_enc, b_enc, b_dec)
     probe = []
     with torch.cuda.device_of(x):
         shadow = screen_of(W_enc, screen) if p.capacity < f and n else None
@@ -218,13 +218,13 @@ def run(
                 indices[rows],
                 candidates[rows],
             )
-    probe += [t.sum(dtype=torch.float32) for t in (x, b_enc) if t is not None]
+    probe += [t.sum(dtype=torch.float32) for t in (x, b_enc, b_dec) if t is not None]
     if (
         x.is_cuda
         and not torch.cuda.is_current_stream_capturing()
         and not bool(torch.stack(probe).isfinite().all())
     ):
-        _raise_if_not_finite(x, W_enc, b_enc)
+        _raise_if_not_finite(x, W_enc, b_enc, b_dec)
     return values, indices, candidates
 
 
@@ -277,8 +277,12 @@ def _screen(
 OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
-def _raise_if_not_finite(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
+def _raise_if_not_finite(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
+) -> None:
     _check.finite_rows("topk_encode", "x", x)
     _check.finite_rows("topk_encode", "W_enc", W_enc)
     if b_enc is not None:
         _check.finite_rows("topk_encode", "b_enc", b_enc[:, None])
+    if b_dec is not None:
+        _check.finite_rows("topk_encode", "b_dec", b_dec[None])

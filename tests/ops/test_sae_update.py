@@ -12,6 +12,7 @@ from microtome import _native
 from microtome._seed import generator
 from microtome.ops import (
     Code,
+    Screen,
     UpdateRule,
     moments_for,
     sae_update,
@@ -20,7 +21,8 @@ from microtome.ops import (
 )
 from microtome.ops.sae_update import OPTIMIZERS, _update
 from microtome.ops.screen_weights import KINDS
-from microtome.testing import CASES, Case, assert_accurate, backends_of
+from microtome.testing import CASES, Case, assert_accurate, backends_of, factor_of
+from microtome.testing import skip_if_interpreted as skip
 
 on_every_backend = pytest.mark.parametrize("backend", backends_of(_update))
 # The reference is the measure of accuracy, so it is not measured.
@@ -29,6 +31,7 @@ needs_extension = pytest.mark.skipif(
     _native.why_absent() is not None, reason="the extension is absent"
 )
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+LARGE = ("dense", "massive", "medium")
 
 
 @dataclass
@@ -83,13 +86,21 @@ def problem(
     return Problem(main, second, i["x"], params, moments, rule)  # type: ignore[arg-type]
 
 
+def screen_for(backend: str, W_enc: Tensor, kind: str = "") -> Screen:
+    """Made on the backend, of the kind or one that it refreshes; Triton's by the reference."""
+    kind = kind or ("bf16" if backend == "triton" else "auto")
+    with use_backend("reference" if backend == "triton" else backend):
+        return screen_weights(W_enc, kind)
+
+
 def assert_right(case: Case, rule: UpdateRule, backend: str, *, aux: bool = False) -> None:
     got = problem(case, rule, aux=aux).step(backend)
     plain = problem(case, rule, aux=aux).step("reference")
     exact = problem(case, rule, torch.float64, aux=aux).step("reference")
     assert torch.equal(got.pop("fired"), exact.pop("fired"))
     for name, tensor in got.items():
-        assert_accurate(tensor, plain[name], exact[name], f"{name} ({rule}, aux={aux})")
+        what = f"{name} ({rule}, aux={aux})"
+        assert_accurate(tensor, plain[name], exact[name], what, factor_of(backend, tensor))
 
 
 def two_by_two(dtype: torch.dtype = torch.float32) -> tuple[Code, Tensor, tuple[Tensor, ...]]:
@@ -215,6 +226,8 @@ def test_gradients_are_those_of_autograd_on_the_loss(center: bool, with_aux: boo
 def test_errors_are_at_most_twice_those_of_plain_pytorch(
     backend: str, optimizer: str, case: Case
 ) -> None:
+    if case.name in LARGE and (case.name, optimizer) != ("massive", "adam"):
+        skip(backend, "takes seconds for a large case; massive-adam stands for them")
     for rowsparse, both, aux in (
         (False, True, False),
         (False, False, True),
@@ -259,7 +272,7 @@ def test_repeated_indices_in_a_row_add_up(backend: str) -> None:
     plain, exact = (repeated(t).step("reference") for t in (torch.float32, torch.float64))
     assert int(got.pop("fired")[3]) == int((repeated(torch.float32).code.values > 0).sum())
     for name in got:
-        assert_accurate(got[name], plain[name], exact[name], name)
+        assert_accurate(got[name], plain[name], exact[name], name, factor_of(backend, got[name]))
 
 
 @on_every_backend
@@ -280,8 +293,7 @@ def test_rowsparse_leaves_untouched_rows_as_they_are(backend: str, optimizer: st
     p = problem(CASES[-1], UpdateRule(optimizer, rowsparse=True, weight_decay=0.1))
     p.code.indices = p.code.indices % 300
     before = {name: t.clone() for name, t in p.tensors.items()}
-    with use_backend(backend):
-        screen = screen_weights(p.params[0])
+    screen = screen_for(backend, p.params[0])
     shadow = screen.shadow.clone()
     after = p.step(backend, screen=screen)
     touched = torch.zeros(1000, dtype=torch.bool)
@@ -298,16 +310,18 @@ def test_rowsparse_leaves_untouched_rows_as_they_are(backend: str, optimizer: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rowsparse", [True, False])
 def test_the_shadow_is_that_of_the_new_weights(backend: str, kind: str, rowsparse: bool) -> None:
+    if backend == "triton" and kind != "bf16":
+        pytest.skip("triton refreshes bf16 screens; it refuses others by name")
     p = problem(CASES[-1], UpdateRule(rowsparse=rowsparse))
-    with use_backend(backend):
-        screen = screen_weights(p.params[0], kind)
+    screen = screen_for(backend, p.params[0], kind)
     old = screen.shadow.clone()
     p.step(backend, screen=screen)
-    with use_backend(backend):
-        fresh = screen_weights(p.params[0], kind)
+    fresh = screen_for(backend, p.params[0], kind)
     assert torch.equal(screen.shadow, fresh.shadow)
-    assert torch.equal(screen.stats, fresh.stats)
     assert not torch.equal(screen.shadow, old)
+    # Triton rounds its norms up further; test_triton_interpreter.py sees that they are bounds.
+    rtol, atol = (1e-3, 1e-15) if backend == "triton" else (0.0, 0.0)
+    torch.testing.assert_close(screen.stats, fresh.stats, rtol=rtol, atol=atol)
 
 
 @needs_extension
@@ -369,7 +383,7 @@ def test_parameters_that_require_grad_and_strided_inputs_are_taken(backend: str)
 @on_every_backend
 def test_opcheck(backend: str) -> None:
     p = problem(CASES[2], UpdateRule("sgd"), aux=True)
-    screen = screen_weights(p.params[0], "q15")
+    screen = screen_weights(p.params[0], "bf16" if backend == "triton" else "q15")
     codes = [
         (c.indices, c.values, c.grad_values, c.grad_out, c.scale)
         for c in (p.code, p.aux)

@@ -1,4 +1,4 @@
-"""sae_update beside torch.optim over 100 steps, and what it says to bad input."""
+"""sae_update beside torch.optim over many steps, and what it says to bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from microtome.errors import (
 )
 from microtome.ops import Code, Screen, UpdateRule, moments_for, sae_update, use_backend
 from microtome.ops.sae_update import _update
-from microtome.testing import assert_accurate, backends_of
+from microtome.testing import assert_accurate, backends_of, factor_of, interpreted
 
 N, D, F, K = 8, 10, 24, 3
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,7 +31,7 @@ def batches(count: int) -> list[Batch]:
     g = generator(0, "optim")
     made = []
     for step in range(count):
-        alive = F if step < 10 else 20
+        alive = F if step < 5 else 20
         indices = torch.argsort(torch.rand(N, alive, generator=g), dim=1)[:, :K]
         draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
         values = draw(N, K).abs()
@@ -46,12 +46,12 @@ def start(dtype: torch.dtype) -> list[Tensor]:
 
 
 @functools.cache
-def by_torch(name: str, dtype: torch.dtype) -> list[Tensor]:
+def by_torch(name: str, dtype: torch.dtype, steps: int) -> list[Tensor]:
     """The steps by torch.optim with ordinary gradients; sparse ones hold the touched rows."""
     _, optimizer, sparse = PAIRS[name]
     params = [torch.nn.Parameter(p) for p in start(dtype)]
     step = optimizer(params)
-    for batch in batches(100):
+    for batch in batches(steps):
         indices, values, slopes, grad_out, x = (
             t.to(dtype) if t.is_floating_point() else t for t in batch
         )
@@ -78,11 +78,11 @@ def by_torch(name: str, dtype: torch.dtype) -> list[Tensor]:
     return [p.detach() for p in params]
 
 
-def by_microtome(rule: UpdateRule, backend: str) -> list[Tensor]:
+def by_microtome(rule: UpdateRule, backend: str, steps: int) -> list[Tensor]:
     params = tuple(start(torch.float32))
     moments = moments_for(params, rule)  # type: ignore[arg-type]
     with use_backend(backend):
-        for step, (indices, values, slopes, grad_out, x) in enumerate(batches(100), 1):
+        for step, (indices, values, slopes, grad_out, x) in enumerate(batches(steps), 1):
             code = Code(indices, values, slopes, grad_out)
             sae_update(code, x, params, moments, rule, step, center=False)  # type: ignore[arg-type]
     return list(params)
@@ -127,15 +127,16 @@ PAIRS = {
 
 @pytest.mark.parametrize("backend", backends_of(_update))
 @pytest.mark.parametrize("name", PAIRS)
-def test_100_steps_are_those_of_torch_optim_to_rounding(backend: str, name: str) -> None:
+def test_many_steps_are_those_of_torch_optim_to_rounding(backend: str, name: str) -> None:
     rule = PAIRS[name][0]
-    got = by_microtome(replace(rule, project=False, renorm=False), backend)
-    plain = by_torch(name, torch.float32)
-    exact = by_torch(name, torch.float64)
+    steps = 10 if interpreted(backend) else 100  # an interpreted step costs 50 ms
+    got = by_microtome(replace(rule, project=False, renorm=False), backend, steps)
+    plain = by_torch(name, torch.float32, steps)
+    exact = by_torch(name, torch.float64, steps)
     for which, ours, theirs, right in zip(
         ("W_enc", "b_enc", "W_dec", "b_dec"), got, plain, exact, strict=True
     ):
-        assert_accurate(ours, theirs, right, f"{name}: {which}")
+        assert_accurate(ours, theirs, right, f"{name}: {which}", factor_of(backend, right))
         assert (
             right - start(torch.float64)[0 if right.dim() == 2 else 1][: len(right)]
         ).abs().max() > 0.01
@@ -261,7 +262,8 @@ def test_a_step_beyond_float32_names_the_row(backend: str) -> None:
     params[0][5] = 3e38
     rule = UpdateRule("sgd", lr=10.0, beta1=0.0, weight_decay=1.0)
     indices, values, slopes, grad_out, x = batches(1)[0]
-    screen = Screen("q15", torch.zeros(F, 32, dtype=torch.int16), torch.zeros(F, 4))
+    kind = "bf16" if backend == "triton" else "q15"
+    screen = Screen(kind, torch.zeros(F, 32, dtype=torch.int16), torch.zeros(F, 4))
     code = Code(indices, values, slopes, grad_out)
     with (
         use_backend(backend),

@@ -10,7 +10,7 @@ import torch
 from microtome import _native, errors
 from microtome.ops import sparse_decode, use_backend
 from microtome.ops.sparse_decode import _decode, _grad_values, _grad_W_dec
-from microtome.testing import CASES, backends_of
+from microtome.testing import CASES, backends_of, skip_if_interpreted
 
 on_every_backend = pytest.mark.parametrize("backend", backends_of(_decode))
 needs_extension = pytest.mark.skipif(
@@ -167,6 +167,7 @@ def test_nan_and_infinity_pass_through_to_their_row_alone(backend: str) -> None:
 
 @on_every_backend
 def test_bfloat16_rounds_to_nearest_even(backend: str) -> None:
+    skip_if_interpreted(backend, "cuts bfloat16 off where a GPU rounds")
     # 1 + 2^-8 and 1 + 3 * 2^-8 lie halfway between bfloat16's neighbours; the even one wins.
     one = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
     W_dec = torch.tensor([[1.0, 1.0, 1.0], [2**-8, 3 * 2**-8, 2**-8 + 2**-14]])

@@ -1,6 +1,23 @@
 """Case tables and comparison rules, shared by tests and benchmarks."""
 
 from microtome.testing.cases import BENCH_CASES, CASES, Case
-from microtome.testing.compare import assert_accurate, backends_of, max_error
+from microtome.testing.compare import (
+    assert_accurate,
+    backends_of,
+    factor_of,
+    interpreted,
+    max_error,
+    skip_if_interpreted,
+)
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "assert_accurate", "backends_of", "max_error"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "assert_accurate",
+    "backends_of",
+    "factor_of",
+    "interpreted",
+    "max_error",
+    "skip_if_interpreted",
+]

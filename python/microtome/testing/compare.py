@@ -10,6 +10,27 @@ from torch import Tensor
 
 from microtome.ops import _registry
 
+_LUCK = 32  # entries
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter rather than on a GPU."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def skip_if_interpreted(backend: str, why: str) -> None:
+    """Skip the rest of a test in Triton's interpreter; `why` says how it differs from a GPU."""
+    if interpreted(backend):
+        pytest.skip(f"triton's interpreter {why}")
+
+
+def factor_of(backend: str, exact: Tensor) -> float:
+    """The factor of `assert_accurate`: 2, and 4 for Triton on at most 32 entries.
+
+    Over so few it is luck how far plain PyTorch is off: it may happen to round exactly.
+    """
+    return 4.0 if backend == "triton" and exact.numel() <= _LUCK else 2.0
+
 
 def max_error(got: Tensor, exact: Tensor) -> float:
     """Largest absolute difference, in float64; NaN counts as infinite."""
@@ -58,7 +79,9 @@ def backends_of(op: _registry.Op) -> list[object]:
             or os.environ.get("TRITON_INTERPRET") == "1"
             or torch.cuda.is_available()
         )
-        marks = [pytest.mark.triton] if backend.name == "triton" else []
+        # Numpy warns of 0 * inf in lanes that a kernel masks; a GPU computes them in silence.
+        silent = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+        marks = [pytest.mark.triton, silent] if backend.name == "triton" else []
         if reason and (backend.name not in required or not here):
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
         parameters.append(pytest.param(backend.name, marks=marks, id=backend.name))
