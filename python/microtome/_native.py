@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -69,3 +70,15 @@ def raise_outside(op: str, indices: Tensor, f: int, position: int) -> None:
     if position >= 0:
         msg = f"{op}: indices must lie in [0, f={f}), got {int(indices.flatten()[position])}."
         raise ArgumentError(msg)
+
+
+def run_code(op: str, tensors: Sequence[Tensor | None], indices: Tensor, *sizes: int) -> None:
+    """Run a kernel over a sparse code: n, k, d, f are its sizes, the first tensor's dtype decides.
+
+    Raises ArgumentError for an index outside [0, f); the kernel has then written nothing.
+    """
+    first = tensors[0]
+    half = first is not None and first.dtype == torch.bfloat16
+    pointers = [address(tensor) for tensor in tensors]
+    bad = getattr(module(), op)(half, *pointers, *sizes, isa(), threads())
+    raise_outside(op, indices, sizes[-1], bad)

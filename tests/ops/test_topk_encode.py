@@ -14,7 +14,7 @@ from microtome.ops.topk_encode import _encode, top_k
 from microtome.testing import CASES, Case, assert_accurate, backends_of
 
 BACKENDS = backends_of(_encode)
-LEVELS = ("generic", "avx2", "avx512", "amx")
+LEVELS = _native.LEVELS
 
 
 def has_level(level):

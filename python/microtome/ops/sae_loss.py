@@ -126,10 +126,7 @@ def _cpu_loss(
     sse = torch.empty(n, dtype=torch.float32)
     grad_out, grad_values = torch.empty(n, d, dtype=x.dtype), torch.empty(n, k, dtype=x.dtype)
     tensors = (x, values, codes, W_dec, b_dec, sse, grad_out, grad_values)
-    pointers = [_native.address(t) for t in tensors]
-    half = x.dtype == torch.bfloat16
-    bad = _native.module().sae_loss(half, *pointers, n, k, d, f, _native.isa(), _native.threads())
-    _native.raise_outside("sae_loss", indices, f, bad)
+    _native.run_code("sae_loss", tensors, indices, n, k, d, f)
     return sse, grad_out, grad_values
 
 

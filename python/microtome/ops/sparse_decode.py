@@ -136,12 +136,7 @@ def _cpu_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | 
     b_dec = None if b_dec is None else b_dec.contiguous()
     codes = _native.int32(indices, f)
     out = torch.empty(n, d, dtype=values.dtype)
-    pointers = [_native.address(t) for t in (values, codes, W_dec, b_dec, out)]
-    half = values.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode(
-        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
-    )
-    _native.raise_outside("sparse_decode", indices, f, bad)
+    _native.run_code("sparse_decode", (values, codes, W_dec, b_dec, out), indices, n, k, d, f)
     return out
 
 
@@ -150,12 +145,9 @@ def _cpu_grad_values(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor
     grad_out, W_dec = grad_out.contiguous(), W_dec.contiguous()
     codes = _native.int32(indices, f)
     out = torch.empty(n, k, dtype=grad_out.dtype)
-    pointers = [_native.address(t) for t in (grad_out, codes, W_dec, out)]
-    half = grad_out.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode_grad_values(
-        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
+    _native.run_code(
+        "sparse_decode_grad_values", (grad_out, codes, W_dec, out), indices, n, k, d, f
     )
-    _native.raise_outside("sparse_decode_grad_values", indices, f, bad)
     return out
 
 
@@ -164,12 +156,9 @@ def _cpu_grad_W_dec(values: Tensor, indices: Tensor, grad_out: Tensor, f: int) -
     values, grad_out = values.contiguous(), grad_out.contiguous()
     codes = _native.int32(indices, f)
     out = torch.empty(f, d, dtype=values.dtype)
-    pointers = [_native.address(t) for t in (values, codes, grad_out, out)]
-    half = values.dtype == torch.bfloat16
-    bad = _native.module().sparse_decode_grad_W_dec(
-        half, *pointers, n, k, d, f, _native.isa(), _native.threads()
+    _native.run_code(
+        "sparse_decode_grad_W_dec", (values, codes, grad_out, out), indices, n, k, d, f
     )
-    _native.raise_outside("sparse_decode_grad_W_dec", indices, f, bad)
     return out
 
 
