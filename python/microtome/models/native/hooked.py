@@ -1,0 +1,94 @@
+"""Reading a TransformerLens HookedTransformer into plain parts; the package is not imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microtome.models.native.block import Block, Map, Mlp, Stack
+from microtome.models.native.linear import Linear
+
+_ACTIVATIONS: dict[str, Map] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether a model is a HookedTransformer, known by its parts."""
+    return all(hasattr(model, name) for name in ("cfg", "blocks", "unembed", "hook_dict"))
+
+
+def read_hooked(model: Any) -> Stack:
+    """The parts of a HookedTransformer; AttributeError or KeyError where it is built in another way."""
+    cfg = model.cfg
+    return Stack(
+        blocks=tuple(_block(block, cfg) for block in model.blocks),
+        norm=model.ln_final if hasattr(model, "ln_final") else nn.Identity(),
+        unembed=Linear(model.unembed.W_U.T, model.unembed.b_U),
+        softcap=max(getattr(cfg, "output_logits_soft_cap", 0.0) or 0.0, 0.0),
+        entry="blocks.0",
+    )
+
+
+def _block(block: Any, cfg: Any) -> Block:
+    attn = block.attn
+    heads, d, width = attn.W_Q.shape
+    W_K, W_V = (getattr(attn, f"_W_{x}", None) for x in "KV")  # the stored ones, where heads share
+    b_K, b_V = (getattr(attn, f"_b_{x}", None) for x in "KV")
+    W_K, W_V = (attn.W_K if W_K is None else W_K), (attn.W_V if W_V is None else W_V)
+    b_K, b_V = (attn.b_K if b_K is None else b_K), (attn.b_V if b_V is None else b_V)
+    weight = torch.cat([W.transpose(1, 2).reshape(-1, d) for W in (attn.W_Q, W_K, W_V)])
+    rotary = cfg.positional_embedding_type == "rotary"
+    adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
+    local = getattr(attn, "attn_type", "global") == "local"
+    both = getattr(cfg, "use_normalization_before_and_after", False)
+    mlp = None if cfg.attn_only else _mlp(block.mlp, cfg)
+    return Block(
+        norm1=_row_norm(block.ln1) if hasattr(block, "ln1") else nn.Identity(),
+        qkv=Linear(weight, torch.cat([b.flatten() for b in (attn.b_Q, b_K, b_V)])),
+        heads=heads,
+        kv_heads=W_K.shape[0],
+        d_head=width,
+        scale=1.0 / float(attn.attn_scale),
+        out=Linear(attn.W_O.reshape(-1, d).T, attn.b_O),
+        norm2=None if mlp is None else _row_norm(block.ln2),
+        mlp=mlp,
+        norm_q=getattr(attn, "q_norm", None),
+        norm_k=getattr(attn, "k_norm", None),
+        cos=attn.rotary_cos if rotary else None,
+        sin=attn.rotary_sin if rotary else None,
+        interleaved=adjacent,
+        softcap=max(getattr(cfg, "attn_scores_soft_cap", 0.0) or 0.0, 0.0),
+        window=cfg.window_size if local else 0,
+        post_attention=_row_norm(block.ln1_post) if both else None,
+        post_mlp=_row_norm(block.ln2_post) if both and mlp is not None else None,
+        parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _row_norm(norm: nn.Module) -> Map:
+    """The norm of a block takes [b, t, d]; packed rows are one batch."""
+
+    def apply(x: Tensor) -> Tensor:
+        out: Tensor = norm(x[None])[0]
+        return out
+
+    return apply
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp:
+    act = _ACTIVATIONS[cfg.act_fn]
+    out = Linear(mlp.W_out.T, mlp.b_out)
+    if cfg.gated_mlp:
+        zero = mlp.b_in.new_zeros(mlp.b_in.shape)
+        weight = torch.cat([mlp.W_gate.T, mlp.W_in.T])
+        return Mlp(Linear(weight, torch.cat([zero, mlp.b_in])), act, True, out)
+    return Mlp(Linear(mlp.W_in.T, mlp.b_in), act, False, out)

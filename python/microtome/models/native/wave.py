@@ -1,0 +1,382 @@
+"""The wavefront: many patched runs in one pass, each computed only where it differs from the base.
+
+A row joins the packed batch at the layer of its first write and carries the positions from its
+first write on; earlier keys and values are the base run's, shared by all rows. In the last block
+only the positions that are read ask and go on. (Exactness: every product, norm and softmax is the
+one the full forward computes; rows before the write, and layers below it, are the base run's own.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microtome.models.native.base import BaseRun, Layer, attend, softmax_scores
+from microtome.models.native.block import Block
+from microtome.models.native.changes import Changes
+from microtome.models.native.linear import Base
+from microtome.models.native.plan import STAGES, Plan
+from microtome.models.native.rows import Rows
+from microtome.ops import swap_key_attention
+
+MLP_TOKENS = 1024  # taken through the MLP at a time, so that its hidden layer stays in cache
+
+
+@dataclass(frozen=True)
+class Final:
+    """The final stream of the rows where it is read.
+
+    Attributes:
+        stream: [N, d].
+        row: [N] int64, plan row.
+        position: [N] int64.
+    """
+
+    stream: Tensor
+    row: Tensor
+    position: Tensor
+
+
+class Wave:
+    """One pass over a plan's rows.
+
+    Args:
+        base: the base run they stand on.
+        plan: the rows, none of them without a write.
+        stop: [n] int64, one past the last position that is read of each row's prompt.
+        readout: [b, t] bool, the positions that are read.
+        delta: multiply differences in bf16 (needs a base run with differences).
+    """
+
+    def __init__(
+        self, base: BaseRun, plan: Plan, stop: Tensor, readout: Tensor, *, delta: bool
+    ) -> None:
+        self.base, self.readout, self.delta = base, readout, delta
+        self.at = Changes(base, plan, stop.to(base.final.device))
+
+    def run(self) -> Final:
+        """The final stream of every row at the positions that are read."""
+        blocks = self.base.stack.blocks
+        live: Rows | None = None
+        x = self.base.final.new_empty(0, self.base.final.shape[1])
+        keys = index = torch.empty(0, dtype=torch.int64, device=x.device)
+        for layer, block in enumerate(blocks):
+            last = layer == len(blocks) - 1
+            swaps = not block.parallel
+            mids: list[tuple[Rows, Tensor, Tensor]] = []  # rows, their kept tokens, stream
+            posts: list[tuple[Rows, Tensor, Tensor]] = []
+            if live is not None:
+                x = self.at.write(layer, "resid_pre", live.keys, x)
+            joining = self.at.entering(
+                layer, "resid_pre", self.at.swaps if swaps else None, take=False
+            )
+            if joining is not None:
+                joined = self.at.join(layer, "resid_pre", joining)
+                live = joining if live is None else Rows.cat([live, joining])
+                x = torch.cat((x, joined))
+            if live is not None:
+                mids.append(self.attention(layer, live, "resid_pre", x, last))
+            joining = (
+                self.at.entering(layer, "resid_pre", self.at.swaps, take=True) if swaps else None
+            )
+            if joining is not None:
+                mids.append(self.swapped(layer, joining, last))
+            for stage in STAGES[1:7]:
+                joining = self.at.entering(layer, stage)
+                if joining is not None:
+                    part = self.attention(layer, joining, stage, None, last)
+                    if block.parallel:
+                        posts.append(self.with_mlp(layer, *part))
+                    else:
+                        mids.append(part)
+            joining = self.at.entering(layer, "resid_mid")
+            if joining is not None:
+                joining = self.late(joining, last)
+                mids.append(self.kept(joining, self.at.join(layer, "resid_mid", joining), last))
+            for stage in ("neurons", "mlp_out"):
+                joining = self.at.entering(layer, stage)
+                if joining is not None:
+                    joining = self.late(joining, last)
+                    posts.append(self.kept(joining, self.from_mlp(layer, joining, stage), last))
+            if mids:
+                keys, index = tokens_of(mids)
+                mid = torch.cat([stream for _, _, stream in mids])
+                if not block.parallel:
+                    mid = self.at.write(layer, "resid_mid", keys, mid)
+                    x = self.mlp(layer, mid, mid, keys, index)
+                else:
+                    pre = x if not last else x[mids[0][1]]
+                    x = self.mlp(layer, pre, mid, keys, index)
+            joined_rows = [rows for rows, _, _ in mids + posts]
+            if joined_rows:
+                live = Rows.cat(joined_rows)
+                keys, index = tokens_of(mids + posts)
+                x = torch.cat(([x] if mids else []) + [stream for _, _, stream in posts])
+        return self.end(live, x, keys)
+
+    def end(self, live: Rows | None, x: Tensor, keys: Tensor) -> Final:
+        """Writes past the last block, and the rows that have no other."""
+        depth, t = len(self.base.layers), self.base.shape[1]
+        if live is None:
+            keys = torch.empty(0, dtype=torch.int64, device=x.device)
+        x = self.at.write(depth, "resid_pre", keys, x)
+        joining = self.at.entering(depth, "resid_pre")
+        if joining is not None:
+            rows, kept, stream = self.kept(joining, self.at.join(depth, "resid_pre", joining), True)
+            x, keys = torch.cat((x, stream)), torch.cat((keys, rows.keys[kept]))
+        return Final(x, keys // t, keys % t)
+
+    # Which tokens go on
+
+    def late(self, rows: Rows, last: bool) -> Rows:
+        """In the last block, rows from their first position that is read on."""
+        if not last:
+            return rows
+        t = self.base.shape[1]
+        position = torch.arange(t, device=rows.start.device)
+        read = self.readout[rows.example] & (position >= rows.start[:, None])
+        first = torch.where(read.any(1), read.int().argmax(1), rows.stop)
+        return rows.narrowed(first)
+
+    def kept(self, rows: Rows, stream: Tensor, last: bool) -> tuple[Rows, Tensor, Tensor]:
+        """Rows, the tokens that go on, and their stream."""
+        keep = self.reading(rows) if last else torch.arange(rows.tokens, device=stream.device)
+        return rows, keep, stream[keep] if last else stream
+
+    def reading(self, rows: Rows) -> Tensor:
+        """[q] int64, the tokens at positions that are read."""
+        return self.readout[rows.example[rows.row], rows.position.long()].nonzero().flatten()
+
+    # The halves of a block
+
+    def attention(
+        self, layer: int, rows: Rows, enter: str, x: Tensor | None, last: bool
+    ) -> tuple[Rows, Tensor, Tensor]:
+        """Rows through the attention of a block.
+
+        Args:
+            layer: which.
+            rows: either live ones (enter = "resid_pre", x their stream) or rows that join at a
+                stage within attention, whose earlier activations are the base run's.
+            enter: the stage they come from.
+            x: [T, d] or None.
+            last: keep only the tokens that are read.
+
+        Returns:
+            The rows, the tokens kept, and the stream after attention [kept, d].
+        """
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        if x is None and enter in ("z", "attn_out"):
+            rows = self.late(rows, last)
+        keep = self.reading(rows) if last else None
+        stream = kept.pre[rows.index] if x is None else x
+        stream = stream if keep is None else stream[keep]
+        index = rows.index if keep is None else rows.index[keep]
+        keys = rows.keys if keep is None else rows.keys[keep]
+        every = torch.arange(rows.tokens, device=stream.device) if keep is None else keep
+        if enter == "attn_out":
+            joined = self.at.join(layer, "attn_out", rows)
+            return rows, every, stream + (joined if keep is None else joined[keep])
+        if enter == "z":
+            z = self.at.join(layer, "z", rows)
+            z = z if keep is None else z[keep]
+        else:
+            z = self.heads(layer, rows, enter, x, keep)
+            z = self.at.write(layer, "z", keys, z)
+        base = kept.out_base(index) if self.delta else None
+        if block.post_attention is None and not self.at.touched(layer, "attn_out", rows):
+            return rows, every, block.out(z, add=stream, base=base)
+        out = block.out(z, base=base)
+        out = out if block.post_attention is None else block.post_attention(out)
+        return rows, every, stream + self.at.write(layer, "attn_out", keys, out)
+
+    def heads(
+        self, layer: int, rows: Rows, enter: str, x: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """[T or kept, h * d_head]: what the heads give, before the output projection."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        asking = rows.index if keep is None else rows.index[keep]
+        if enter == "pattern":
+            z = kept.z[asking]
+            return self.patterned(layer, rows, keep, z, None)
+        if x is not None:
+            q, k, v = self.project(layer, rows, x, keep)
+        else:
+            q, k, v = (
+                self.at.join(layer, stage, rows).unflatten(-1, (-1, block.d_head))
+                for stage in "qkv"
+            )
+            q = q if keep is None else q[keep]
+        if x is not None:
+            keys = rows.keys if keep is None else rows.keys[keep]
+            q, k, v = (
+                self.at.write(layer, stage, at, y.flatten(1)).unflatten(-1, (-1, block.d_head))
+                if self.at.touched(layer, stage, rows)
+                else y
+                for stage, at, y in (("q", keys, q), ("k", rows.keys, k), ("v", rows.keys, v))
+            )
+        positions = rows.position if keep is None else rows.position[keep]
+        q, k = block.rotate(q, positions), block.rotate(k, rows.position)
+        shared = tuple(y.unflatten(0, self.base.shape) for y in (kept.k_turned, kept.v))
+        z, _ = attend(
+            block, q, k, v, (shared[0], shared[1]), rows.ragged(keep), positions, self.base.first
+        )
+        z = z.flatten(1)
+        if self.at.touched(layer, "pattern", rows):
+            z = self.patterned(layer, rows, keep, z, (q, k, v))
+        return z
+
+    def project(
+        self, layer: int, rows: Rows, x: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens kept, keys and values of all, before rotation."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        hidden = block.norm1(x)
+        base = kept.qkv_base(rows.index) if self.delta else None
+        if keep is None:
+            return block.split(block.qkv(hidden, base=base))
+        cut, end = block.heads * block.d_head, block.qkv.out_features
+        asks = tells = None
+        if base is not None:
+            asks = Base(base.x, base.y[:, :cut].contiguous(), base.index[keep])
+            tells = Base(base.x, base.y[:, cut:].contiguous(), base.index)
+        q = block.queries(block.qkv.columns(0, cut)(hidden[keep], base=asks))
+        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=tells))
+
+    def swapped(self, layer: int, rows: Rows, last: bool) -> tuple[Rows, Tensor, Tensor]:
+        """Rows that replace one position of the stream: of every softmax one key changes."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        stream = self.at.join(layer, "resid_pre", rows)
+        base = kept.qkv_base(rows.index[rows.offset]) if self.delta else None
+        q, k, v = block.split(block.qkv(block.norm1(stream[rows.offset]), base=base))
+        q, k = block.rotate(q, rows.start), block.rotate(k, rows.start)
+        held = (
+            kept.z.unflatten(-1, (block.heads, -1)),
+            kept.lse,
+            kept.q_turned,
+            kept.k_turned,
+            kept.v,
+        )
+        z = swap_key_attention(
+            *(y.unflatten(0, self.base.shape) for y in held),
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            rows.cut(),
+            self.base.first,
+            block.scale,
+            block.softcap,
+            block.window,
+        ).flatten(1)
+        keep = self.reading(rows) if last else torch.arange(rows.tokens, device=z.device)
+        if last:
+            z, stream = z[keep], stream[keep]
+        out = kept.out_base(rows.index[keep]) if self.delta else None
+        if block.post_attention is None:
+            return rows, keep, block.out(z, add=stream, base=out)
+        return rows, keep, stream + block.post_attention(block.out(z, base=out))
+
+    def patterned(
+        self,
+        layer: int,
+        rows: Rows,
+        keep: Tensor | None,
+        z: Tensor,
+        own: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Heads' outputs with the writes to the attention pattern of their rows.
+
+        One row at a time: the pattern is formed, written to, and applied to the row's values.
+
+        Args:
+            z: [T or kept, h * d_head], right for rows without such writes.
+            own: queries of the kept tokens and keys and values of the rows; the base run's if None.
+        """
+        block, kept, (_, t) = (
+            self.base.stack.blocks[layer],
+            self.base.layers[layer],
+            self.base.shape,
+        )
+        which = self.at.written(layer, "pattern", rows)
+        tokens = torch.arange(rows.tokens, device=z.device) if keep is None else keep
+        group, z = block.heads // block.kv_heads, z.clone()
+        for i in which:
+            here = (rows.row[tokens] == i).nonzero().flatten()  # of z
+            a, b = int(rows.offset[i]), int(rows.offset[i] + rows.count[i])
+            example, start = int(rows.example[i]), int(rows.start[i])
+            whole = slice(example * t, example * t + int(rows.stop[i]))
+            k, v = kept.k_turned[whole], kept.v[whole]
+            q = kept.q_turned[rows.index[tokens[here]]]
+            if own is not None:
+                q = own[0][here]
+                k, v = torch.cat((k[:start], own[1][a:b])), torch.cat((v[:start], own[2][a:b]))
+            pattern = softmax_scores(
+                block,
+                q.transpose(0, 1)[None],
+                k.transpose(0, 1)[None],
+                rows.position[tokens[here]],
+                torch.arange(len(k), device=z.device),
+                self.base.first[example : example + 1],
+            )[0]  # [h, m, keys]
+            padded = torch.nn.functional.pad(pattern, (0, t - len(k))).transpose(0, 1)
+            new = self.at.write(layer, "pattern", rows.keys[tokens[here]], padded.flatten(1))
+            new = new.unflatten(-1, (block.heads, t))[..., : len(k)].transpose(0, 1)
+            values = v.transpose(0, 1).repeat_interleave(group, dim=0)  # [h, keys, d_head]
+            z[here] = (new @ values).transpose(0, 1).flatten(1)
+        return z
+
+    def mlp(self, layer: int, x: Tensor, add: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+        """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        if block.mlp is None or block.norm2 is None:
+            return add
+        plain = block.post_mlp is None and (layer, "mlp_out") not in self.at.writes
+        out = torch.empty_like(add)
+        for low in range(0, len(x), MLP_TOKENS):
+            part = slice(low, low + MLP_TOKENS)
+            first, second = kept.mlp_bases(index[part]) if self.delta else (None, None)
+            hidden = block.mlp.into(block.norm2(x[part]), base=first)
+            neurons = self.at.write(layer, "neurons", keys[part], block.mlp.neurons(hidden))
+            if plain:
+                out[part] = block.mlp.out(neurons, add=add[part], base=second)
+            else:
+                more = self.after_mlp(block, block.mlp.out(neurons, base=second))
+                out[part] = add[part] + self.at.write(layer, "mlp_out", keys[part], more)
+        return out
+
+    def from_mlp(self, layer: int, rows: Rows, stage: str) -> Tensor:
+        """[T, d]: the stream after a block of rows whose first write is to its MLP."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        return kept.mid[rows.index] + self.mlp_of(block, kept, layer, rows, stage)
+
+    def mlp_of(self, block: Block, kept: Layer, layer: int, rows: Rows, stage: str) -> Tensor:
+        """[T, d]: what the MLP adds to rows whose neurons and mlp_out are the base run's but for writes."""
+        if stage == "mlp_out":
+            return self.at.join(layer, "mlp_out", rows)
+        assert block.mlp is not None
+        second = kept.mlp_bases(rows.index)[1] if self.delta else None
+        out = block.mlp.out(self.at.join(layer, "neurons", rows), base=second)
+        return self.at.write(layer, "mlp_out", rows.keys, self.after_mlp(block, out))
+
+    @staticmethod
+    def after_mlp(block: Block, out: Tensor) -> Tensor:
+        """The post-norm, where there is one."""
+        return out if block.post_mlp is None else block.post_mlp(out)
+
+    def with_mlp(
+        self, layer: int, rows: Rows, keep: Tensor, stream: Tensor
+    ) -> tuple[Rows, Tensor, Tensor]:
+        """In a parallel block: rows that joined within attention, with the MLP they did not change."""
+        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
+        if block.mlp is None:
+            return rows, keep, stream
+        stage = "neurons" if self.at.touched(layer, "neurons", rows) else "mlp_out"
+        return rows, keep, stream + self.mlp_of(block, kept, layer, rows, stage)[keep]
+
+
+def tokens_of(parts: list[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys and base tokens of what each part kept, one part after another."""
+    keys = torch.cat([rows.keys[keep] for rows, keep, _ in parts])
+    return keys, torch.cat([rows.index[keep] for rows, keep, _ in parts])
