@@ -1,6 +1,9 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
 from microtome.ops._registry import info, use_backend
+from microtome.ops.delta_linear import delta_linear
+from microtome.ops.pack_weights import pack_weights
+from microtome.ops.packed_linear import packed_linear
 from microtome.ops.sae_loss import sae_loss
 from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
@@ -11,8 +14,11 @@ __all__ = [
     "Code",
     "Screen",
     "UpdateRule",
+    "delta_linear",
     "info",
     "moments_for",
+    "pack_weights",
+    "packed_linear",
     "sae_loss",
     "sae_update",
     "screen_weights",
