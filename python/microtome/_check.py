@@ -45,6 +45,16 @@ def shapes(op: str, **named: tuple[Tensor | None, str]) -> dict[str, int]:
     return {letter: size for letter, (size, _) in sizes.items()}
 
 
+def columns(op: str, name: str, table: Tensor, what: Sequence[str], letter: str = "n") -> None:
+    """Raise ShapeError unless an index table is [letter, columns] with one column for each name."""
+    if table.dim() != 2 or table.shape[1] != len(what):
+        msg = (
+            f"{op}: {name} must be [{letter}, {len(what)}] = ({', '.join(what)}), "
+            f"got shape {list(table.shape)}."
+        )
+        raise ShapeError(msg)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,6 +1,11 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
 from microtome.ops._registry import info, use_backend
+from microtome.ops.cascade_attention import cascade_attention, swap_key_attention
+from microtome.ops.delta_linear import delta_linear
+from microtome.ops.pack_weights import pack_weights
+from microtome.ops.packed_linear import packed_linear
+from microtome.ops.patch_rows import ADD, REPLACE, SCALE, ZERO, patch_rows
 from microtome.ops.sae_loss import sae_loss
 from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
@@ -8,15 +13,25 @@ from microtome.ops.sparse_decode import sparse_decode
 from microtome.ops.topk_encode import topk_encode
 
 __all__ = [
+    "ADD",
+    "REPLACE",
+    "SCALE",
+    "ZERO",
     "Code",
     "Screen",
     "UpdateRule",
+    "cascade_attention",
+    "delta_linear",
     "info",
     "moments_for",
+    "pack_weights",
+    "packed_linear",
+    "patch_rows",
     "sae_loss",
     "sae_update",
     "screen_weights",
     "sparse_decode",
+    "swap_key_attention",
     "topk_encode",
     "use_backend",
 ]

@@ -1,5 +1,11 @@
 """Case tables and comparison rules, shared by tests and benchmarks."""
 
+from microtome.testing.attention import (
+    ATTENTION_CASES,
+    SWAP_CASES,
+    AttentionCase,
+    SwapCase,
+)
 from microtome.testing.cases import BENCH_CASES, CASES, Case
 from microtome.testing.compare import (
     assert_accurate,
@@ -11,9 +17,13 @@ from microtome.testing.compare import (
 )
 
 __all__ = [
+    "ATTENTION_CASES",
     "BENCH_CASES",
     "CASES",
+    "SWAP_CASES",
+    "AttentionCase",
     "Case",
+    "SwapCase",
     "assert_accurate",
     "backends_of",
     "factor_of",

@@ -1,0 +1,185 @@
+"""Join many patched runs to a base run from one table of what each of them changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microtome import _check
+from microtome.errors import ArgumentError, ShapeError
+from microtome.ops._registry import Op, demanded_backend
+
+REPLACE, ADD, ZERO, SCALE = range(4)
+
+_ROWS = ("example", "start", "stop")
+_TABLE = ("row", "position", "lo", "hi", "source", "op")
+# Codes shared with csrc/cpu/patch_rows.h; a row, then an entry, has the first that applies.
+_EXAMPLE, _SPAN, _TOTAL, _ROW, _POSITION, _COLUMNS, _OP, _SOURCE, _WIDTH = range(1, 10)
+
+
+def patch_rows(
+    base: Tensor,
+    sources: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    total: int | None = None,
+) -> Tensor:
+    """Pack the tokens of n runs that differ from a base run where a table says so.
+
+    Row r fills its stop - start packed tokens with base[example, start:stop]. Then each table
+    entry, in order, changes columns lo .. hi - 1 of the token at `position` of row `row`:
+
+        REPLACE  out = factor * src        ADD    out = out + factor * src
+        ZERO     out = 0                   SCALE  out = out * factor
+
+    where src[c] = sources[source, c] if the sources are as wide as the base, else
+    sources[source, c - lo]. A product is rounded before it is added.
+
+    Args:
+        base: [b, t, w] float32 (float64 on the reference): activations of b runs; any stride
+            between examples and tokens.
+        sources: [S, w_s], dtype of base: what is put in.
+        rows: [n, 3] int32 (example, start, stop), 0 <= start <= stop <= t.
+        table: [m, 6] int32 (row, position, lo, hi, source, op), start <= position < stop,
+            0 <= lo <= hi <= w; op is one of REPLACE, ADD, ZERO, SCALE. ZERO and SCALE ignore
+            `source`. The mean of a site is put in by REPLACE with a source that holds it.
+        factors: [m], dtype of base.
+        total: T, where it is known: the sum over rows of stop - start. Saves reading `rows`.
+
+    Returns:
+        [T, w], dtype of base: the rows' tokens one after another.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the letters above do not agree.
+        ArgumentError: a row or an entry reaches outside its tensors, or total is not the sum.
+        BackendError: a demanded backend cannot run these inputs.
+
+    Not differentiable. Every backend gives the same bits. Writes T*w numbers once and reads them
+    once; what is patched is read and written once more, out of the cache.
+
+    Example:
+        >>> import torch
+        >>> base = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> rows, table = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1, 2, 0, ADD]])
+        >>> patch_rows(base, torch.tensor([[10.0]]), rows, table, torch.tensor([0.5]))
+        tensor([[3., 9.]])
+    """
+    _check.shapes(
+        "patch_rows", base=(base, "b t w"), sources=(sources, "S w_s"), factors=(factors, "m")
+    )
+    _check.columns("patch_rows", "rows", rows, _ROWS)
+    _check.columns("patch_rows", "table", table, _TABLE, "m")
+    if table.shape[0] != factors.shape[0]:
+        msg = (
+            f"patch_rows: factors must be [m] with m={table.shape[0]} as in table, "
+            f"got shape {list(factors.shape)}."
+        )
+        raise ShapeError(msg)
+    _check.dtype("patch_rows", (torch.float32, torch.float64), base=base)
+    _check.same_dtype("patch_rows", base=base, sources=sources, factors=factors)
+    _check.dtype("patch_rows", _check.INDICES, rows=rows, table=table)
+    _check.device("patch_rows", base=base, sources=sources, rows=rows, table=table, factors=factors)
+    if total is None:
+        total = int((rows[:, 2] - rows[:, 1]).sum())
+    # The reference and the C++ kernel check the tables themselves.
+    on_cpu = base.device.type == "cpu" and demanded_backend() != "triton"
+    if not (on_cpu or torch.compiler.is_compiling()):
+        check_tables(base, sources, rows, table, total)
+    out: Tensor = _patch(base, sources, rows, table, factors, total)
+    return out
+
+
+def patch_rows_reference(
+    base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, factors: Tensor, total: int
+) -> Tensor:
+    """Row by row, then entry by entry."""
+    check_tables(base, sources, rows, table, total)
+    out = base.new_empty(total, base.shape[2])
+    token, at = [], 0  # the packed token at which position 0 of each row would lie
+    for example, start, stop in rows.tolist():
+        out[at : at + stop - start] = base[example, start:stop]
+        token.append(at - start)
+        at += stop - start
+    for (row, position, lo, hi, source, op), factor in zip(table.tolist(), factors, strict=True):
+        part = out[token[row] + position, lo:hi]
+        if op in (REPLACE, ADD):
+            from_ = lo if sources.shape[1] == base.shape[2] else 0
+            src = factor * sources[source, from_ : from_ + hi - lo]
+            part.copy_(src if op == REPLACE else part + src)
+        elif op == ZERO:
+            part.zero_()
+        else:
+            part.mul_(factor)
+    return out
+
+
+def check_tables(base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, total: int) -> None:
+    """Raise ArgumentError for the first row or table entry that reaches outside its tensors."""
+    (b, t, w), (S, w_s), n = base.shape, sources.shape, rows.shape[0]
+    example, start, stop = rows.long().unbind(1)  # each [n]
+    row, position, lo, hi, source, op = table.long().unbind(1)  # each [m]
+    if n:
+        own = row.clamp(0, n - 1)
+        outside = (position < start[own]) | (position >= stop[own])
+    else:
+        outside = torch.zeros_like(row, dtype=torch.bool)
+    reads = (op == REPLACE) | (op == ADD)
+    problems = (
+        (_EXAMPLE, (example < 0) | (example >= b)),
+        (_SPAN, (start < 0) | (start > stop) | (stop > t)),
+        (_TOTAL, ((stop - start).sum() != total)[None]),
+        (_ROW, (row < 0) | (row >= n)),
+        (_POSITION, outside),
+        (_COLUMNS, (lo < 0) | (lo > hi) | (hi > w)),
+        (_OP, (op < REPLACE) | (op > SCALE)),
+        (_SOURCE, reads & ((source < 0) | (source >= S))),
+        (_WIDTH, reads & (hi - lo > w_s) & (w_s != w)),
+    )
+    if not bool(torch.cat([bad for _, bad in problems]).any()):
+        return
+    for code, bad in problems:
+        if bool(bad.any()):
+            raise_table(code, int(bad.nonzero()[0]), base, sources, rows, table, total)
+
+
+def raise_table(
+    code: int, at: int, base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, total: int
+) -> None:
+    """Raise ArgumentError for what `code` says of row `at`, or of table entry `at`."""
+    (b, t, w), (S, w_s), n = base.shape, sources.shape, rows.shape[0]
+    if code == _TOTAL:
+        tokens = int((rows[:, 2] - rows[:, 1]).sum())
+        msg = f"patch_rows: total must be the sum of stop - start={tokens}, got {total}."
+        raise ArgumentError(msg)
+    if code in (_EXAMPLE, _SPAN):
+        why = (
+            f"example must lie in [0, b={b})"
+            if code == _EXAMPLE
+            else f"0 <= start <= stop <= t={t} must hold"
+        )
+        msg = f"patch_rows: row {at} of rows ({', '.join(_ROWS)}) is {rows[at].tolist()}: {why}."
+        raise ArgumentError(msg)
+    entry = table[at].tolist()
+    if code == _POSITION:
+        start, stop = rows[entry[0], 1:].tolist()
+        why = f"position must lie in the row's [start={start}, stop={stop})"
+    else:
+        why = {
+            _ROW: f"row must lie in [0, n={n})",
+            _COLUMNS: f"0 <= lo <= hi <= w={w} must hold",
+            _OP: "op must be REPLACE=0, ADD=1, ZERO=2 or SCALE=3",
+            _SOURCE: f"source must lie in [0, S={S})",
+            _WIDTH: f"hi - lo must be at most the width w_s={w_s} of the sources",
+        }[code]
+    msg = f"patch_rows: entry {at} of table ({', '.join(_TABLE)}) is {entry}: {why}."
+    raise ArgumentError(msg)
+
+
+def _fake(
+    base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, factors: Tensor, total: int
+) -> Tensor:
+    return base.new_empty(total, base.shape[2])
+
+
+_patch = Op(patch_rows_reference, fake=_fake)
