@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from microtome.models.native.base import BaseRun
 from microtome.ops.patch_rows import ADD, REPLACE, ZERO
 
 # The stages of a layer in the order a forward passes them. resid_post of layer l is resid_pre of
@@ -25,6 +25,7 @@ STAGES = (
     "mlp_out",
 )
 Sources = dict[tuple[int, str], Tensor]
+Site = Callable[[int, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,15 @@ class Plan:
     writes: Writes
     sources: Sources
 
-    def without_unchanged(self, base: BaseRun) -> Plan:
+    def without_unchanged(self, site: Site, t: int) -> Plan:
         """Drop writes that put back what is there, compared bit by bit.
 
         A write is kept if an earlier write of its row remains at an earlier stage or at the same
         place, since it then meets another activation than the base run's.
+
+        Args:
+            site: (layer, stage) -> [r, w], the base run's activations.
+            t: tokens of a prompt.
         """
         if len(self.writes) == 0:
             return self
@@ -92,7 +97,7 @@ class Plan:
         keys = self.writes.layer * len(STAGES) + self.writes.stage
         for key in keys.unique().tolist():
             at = (keys == key).nonzero().flatten()
-            moves[at] = self._moves(base, key // len(STAGES), STAGES[key % len(STAGES)], at)
+            moves[at] = self._moves(site, t, key // len(STAGES), STAGES[key % len(STAGES)], at)
         n = len(self.example)
         first = torch.full((n,), keys.max() + 1).scatter_reduce(
             0, self.writes.row[moves], keys[moves], "amin"
@@ -100,17 +105,16 @@ class Plan:
         stays = moves | (keys >= first[self.writes.row])
         # Within the first stage itself, writes to positions that no write moves may still go.
         same = stays & ~moves & (keys == first[self.writes.row])
-        t = base.shape[1]
         moved = (self.writes.row * t + self.writes.position)[
             moves & (keys == first[self.writes.row])
         ]
         touched = torch.isin(self.writes.row * t + self.writes.position, moved)
         return replace(self, writes=self.writes.select(stays & (~same | touched)))
 
-    def _moves(self, base: BaseRun, layer: int, stage: str, at: Tensor) -> Tensor:
+    def _moves(self, site: Site, t: int, layer: int, stage: str, at: Tensor) -> Tensor:
         """Whether each of the writes `at` changes a bit of the base activation."""
-        held, sources = base.site(layer, stage), self.sources.get((layer, stage))
-        w, t = self.writes.select(at).to(held.device), base.shape[1]
+        held, sources = site(layer, stage), self.sources.get((layer, stage))
+        w = self.writes.select(at).to(held.device)
         token = self.example.to(held.device)[w.row] * t + w.position
         out = w.factor != 0  # what is left of an addition
         for width in (w.hi - w.lo).unique().tolist():

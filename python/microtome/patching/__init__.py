@@ -1,0 +1,24 @@
+"""Activation patching: copy activations between runs, ablate them, and measure what changes."""
+
+from microtome.patching.metrics import (
+    Metric,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    loss,
+    probability,
+)
+from microtome.patching.result import Sweep
+from microtome.patching.sweep import ablate, sweep
+
+__all__ = [
+    "Metric",
+    "Sweep",
+    "ablate",
+    "kl_divergence",
+    "log_probability",
+    "logit_difference",
+    "loss",
+    "probability",
+    "sweep",
+]

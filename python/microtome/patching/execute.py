@@ -1,0 +1,142 @@
+"""Running a grid of cells on an engine, a group at a time, so that it can be watched and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import SiteError
+from microtome.models.native.plan import Plan
+from microtome.patching.cells import Grid, Shape, Values
+from microtome.patching.metrics import Metric
+from microtome.patching.partial import Partial
+from microtome.patching.result import Sweep
+
+WRITES = 1 << 18  # planned at a time
+
+
+class Engine(Protocol):
+    """Runs patched rows; see NativeEngine, whose methods these are."""
+
+    name: str
+    note: str
+    shape: Shape
+
+    @property
+    def vocabulary(self) -> int: ...  # noqa: D102
+    def has(self, site: str) -> bool: ...  # noqa: D102
+    def fingerprint(self) -> bytes: ...  # noqa: D102
+    def activation(self, layer: int, stage: str) -> Tensor: ...  # noqa: D102
+    def trimmed(self, plan: Plan) -> Plan: ...  # noqa: D102
+    def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor: ...  # noqa: D102
+    def patched(
+        self, plan: Plan, slots: Tensor, columns: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        grid: the cells.
+        values: layers -> where the written values come from.
+        metric: what is measured.
+        base: "clean" or "corrupted", which prompts are patched.
+        ablation: there are no other prompts.
+    """
+
+    grid: Grid
+    values: Callable[[Sequence[int]], Values]
+    metric: Metric
+    base: str
+    ablation: bool = False
+
+
+def execute(
+    op: str, engine: Engine, job: Job, *, memory: int, progress: bool, resume: str | Path | None
+) -> Sweep:
+    """Run every cell; what is finished is kept in `resume`, if given.
+
+    Raises:
+        SiteError: the model has no such site.
+        StoreError: `resume` holds another sweep, or cannot be written.
+    """
+    grid, shape, metric = job.grid, engine.shape, job.metric
+    if not engine.has(grid.site):
+        msg = f"{op}: the model has no {grid.site}: attention and MLP read the same stream, or there is no MLP."
+        raise SiteError(msg)
+    b = shape.b
+    slots, columns = metric.slots(b, shape.stop), metric.columns(b, engine.vocabulary)
+    prompts = torch.arange(b)
+    own = engine.unpatched(prompts, slots, columns)
+    other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)
+    clean, corrupted = (own, other) if job.base == "clean" else (other, own)
+    reference = corrupted if metric.reference == "corrupted" else clean
+    scores = torch.empty(grid.cells, b, dtype=own.dtype)
+    written = torch.zeros(grid.cells, dtype=torch.int64)
+    size = _group(grid, shape, own, memory)
+    partial = Partial(resume, _fingerprint(engine, job), scores, written)
+    done = partial.load()
+    with closing(_bar(op, grid.cells, progress)) as bar:
+        bar.update(done)
+        for low in range(done, grid.cells, size):
+            cells = torch.arange(low, min(low + size, grid.cells))
+            layers = grid.coordinates(cells)["layer"].unique().tolist()
+            values = job.values(layers)
+            writes = grid.writes(cells, shape, values)
+            plan = Plan(prompts.repeat(len(cells)), writes, values.sources)
+            plan = engine.trimmed(plan)
+            written[cells] = torch.bincount(plan.writes.row // b, minlength=len(cells))
+            logits = own.expand(len(cells), *own.shape).clone()  # [cells, b, m, c]
+            for row, slot, new in engine.patched(plan, slots, columns):
+                logits[row // b, row % b, slot] = new
+            scores[cells] = metric(logits, reference).to(scores)
+            partial.save(int(cells[-1]) + 1)
+            bar.update(len(cells))
+    by_prompt = scores.unflatten(0, grid.shape)
+    return Sweep(
+        scores=by_prompt.mean(-1),
+        by_prompt=by_prompt,
+        axes=grid.axes,
+        values=grid.values,
+        site=grid.site,
+        metric=metric.name,
+        clean=metric(clean[None], reference)[0],
+        corrupted=clean.new_empty(0) if job.ablation else metric(corrupted[None], reference)[0],
+        base=job.base,
+        written=written.unflatten(0, grid.shape),
+        engine=engine.name,
+        note=engine.note,
+    )
+
+
+def _group(grid: Grid, shape: Shape, logits: Tensor, memory: int) -> int:
+    """Cells at a time: bounded by their writes and by the logits that are read of them."""
+    a_cell = 2 * logits.numel() * logits.element_size()
+    fits = min(WRITES // max(1, grid.writes_a_cell(shape)), memory // max(1, a_cell))
+    return max(1, min(grid.cells, fits))
+
+
+def _fingerprint(engine: Engine, job: Job) -> str:
+    """Tells one sweep from another."""
+    grid = job.grid
+    digest = hashlib.sha256(engine.fingerprint())
+    parts = (grid.site, grid.axes, grid.values, grid.op, grid.factor, job.metric.name, job.base)
+    digest.update(repr(parts).encode())
+    for values in (job.metric.tokens, job.metric.positions):
+        digest.update(b"" if values is None else values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bar(op: str, cells: int, progress: bool):  # noqa: ANN202
+    from tqdm import tqdm
+
+    return tqdm(total=cells, desc=op, unit="cell", disable=not progress)

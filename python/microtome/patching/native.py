@@ -1,0 +1,125 @@
+"""The fast engine: patched rows through the model's own parts, many in one wave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from microtome.models.native.plan import Plan
+from microtome.models.native.runner import Runner
+from microtome.patching.cells import Shape
+from microtome.patching.hooked import fingerprint
+
+
+class NativeEngine:
+    """Runs plans over b base prompts, with the b source prompts beside them in one run.
+
+    Args:
+        model: the model.
+        runner: its verified parts.
+        base: [b, t] int64, the prompts that are patched.
+        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
+        first, stop: [b] int64, the positions that count.
+        delta: multiply differences in bf16.
+        memory: bytes for the activations of patched rows.
+    """
+
+    name, note = "native", ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runner: Runner,
+        base: Tensor,
+        source: Tensor,
+        first: tuple[Tensor, Tensor],
+        stop: Tensor,
+        *,
+        delta: bool,
+        memory: int,
+    ) -> None:
+        self.runner, self.delta, self.memory = runner, delta, memory
+        self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
+        self.run = runner.base(model, self.tokens, torch.cat(first).int(), differences=delta)
+        block = runner.stack.blocks[0]
+        self.shape = Shape(
+            layers=len(runner.stack.blocks),
+            b=len(base),
+            t=base.shape[1],
+            first=first[0],
+            stop=stop,
+            heads=block.heads,
+            kv_heads=block.kv_heads,
+            d_head=block.d_head,
+            d_mlp=block.mlp.width if block.mlp is not None else 0,
+            d=self.run.final.shape[1],
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids the model knows."""
+        return self.runner.stack.unembed.out_features
+
+    def has(self, site: str) -> bool:
+        """Whether the model has sites of this kind."""
+        block = self.runner.stack.blocks[0]
+        if site in ("neurons", "mlp_out"):
+            return block.mlp is not None
+        return site != "resid_mid" or not block.parallel
+
+    def fingerprint(self) -> bytes:
+        """Of the prompts, the weights and the precision."""
+        return fingerprint(self.model, self.tokens, f"{self.name} {self.delta}")
+
+    def activation(self, layer: int, stage: str) -> Tensor:
+        """[(b + s) * t, w]: what base and source prompts have at a stage."""
+        return self.run.site(layer, stage)
+
+    def trimmed(self, plan: Plan) -> Plan:
+        """The plan without the writes that change no bit."""
+        return plan.without_unchanged(self.run.site, self.shape.t)
+
+    def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
+        """[p, m, c]: logits of some prompts of the run at positions slots [p, m]."""
+        with torch.no_grad():
+            at = prompts[:, None] * self.shape.t + slots  # [p, m]
+            stream = self.run.final[at.to(self.run.final.device).flatten()]
+            own = None if columns is None else columns.repeat_interleave(slots.shape[1], 0)
+            return self._logits(stream, own).unflatten(0, tuple(slots.shape))
+
+    def patched(
+        self, plan: Plan, slots: Tensor, columns: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run the rows of a trimmed plan.
+
+        Args:
+            plan: rows; their prompts are base prompts.
+            slots: [b, m] int64, the positions read.
+            columns: [b, c] int64 token ids, or None for the vocabulary.
+
+        Yields:
+            Row [N], slot [N] and logits [N, c] of what the writes reach; the rest is unpatched.
+        """
+        b, t = self.shape.b, self.shape.t
+        slot = torch.full((b, t), -1, dtype=torch.int64)
+        slot.scatter_(1, slots, torch.arange(slots.shape[1]).expand(b, -1).contiguous())
+        readout = torch.zeros(self.run.shape, dtype=torch.bool)
+        readout[:b] = slot >= 0
+        waves = self.runner.waves(self.run, plan, readout, delta=self.delta, memory=self.memory)
+        for rows, final in waves:
+            row = rows[final.row.cpu()]
+            prompt = plan.example[row]
+            own = None if columns is None else columns[prompt]
+            with torch.no_grad():
+                logits = self._logits(final.stream, own)
+            yield row, slot[prompt, final.position.cpu()], logits
+
+    def _logits(self, stream: Tensor, columns: Tensor | None) -> Tensor:
+        """[N, d] -> [N, c], each row its own columns [N, c]."""
+        stack = self.runner.stack
+        if columns is None:
+            return stack.logits(stream)
+        union, place = columns.to(stream.device).unique(return_inverse=True)
+        return stack.logits(stream, union).gather(1, place)
