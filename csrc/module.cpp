@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "cpu/pack_weights.h"
+#include "cpu/packed_linear.h"
 #include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
@@ -56,5 +58,7 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("sparse_decode", &cpu::sparse_decode, nogil);
     m.def("sparse_decode_grad_values", &cpu::sparse_decode_grad_values, nogil);
     m.def("sparse_decode_grad_W_dec", &cpu::sparse_decode_grad_W_dec, nogil);
+    m.def("pack_weights", &cpu::pack_weights, nogil);
+    m.def("packed_linear", &cpu::packed_linear, nogil);
     m.def("sae_loss", &cpu::sae_loss, nogil);
 }

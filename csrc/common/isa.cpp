@@ -13,7 +13,7 @@
 namespace microtome {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(MICROTOME_X86)
 bool amx_permitted() {
@@ -36,7 +36,8 @@ Isa detect() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
     if (!avx512) return Isa::kAvx2;
-    return __builtin_cpu_supports("avx512bf16") && amx_permitted() ? Isa::kAmx : Isa::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+    return amx_permitted() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kGeneric; }
@@ -50,7 +51,7 @@ Isa best_isa() {
 }
 
 Isa isa_from_name(const char* forced) {
-    for (int level = 0; level < 4; ++level) {
+    for (int level = 0; level <= static_cast<int>(Isa::kAmx); ++level) {
         if (std::strcmp(forced, kNames[level]) == 0) {
             return level < static_cast<int>(best_isa()) ? static_cast<Isa>(level) : best_isa();
         }

@@ -1,9 +1,9 @@
-// Instruction-set levels, chosen at run time: generic < avx2 < avx512 < amx.
+// Instruction-set levels, chosen at run time: generic < avx2 < avx512 < avx512bf16 < amx.
 #pragma once
 
 namespace microtome {
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The best level this processor and operating system allow. AMX asks Linux for permission once.
 Isa best_isa();

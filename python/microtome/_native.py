@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError
 
-LEVELS = ("generic", "avx2", "avx512", "amx")
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def forced_isa() -> str:
 
 
 def isa() -> str:
-    """The instruction-set level in use: generic, avx2, avx512 or amx."""
+    """The instruction-set level in use, one of LEVELS."""
     return str(module().isa_level(forced_isa()))
 
 
@@ -56,6 +56,11 @@ def threads() -> int:
 def address(tensor: Tensor | None) -> int:
     """Where a tensor's elements lie, 0 for None. The caller keeps it alive, and contiguous."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where the elements of a row are neighbours, else a contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def int32(indices: Tensor, f: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.errors import ArgumentError, DtypeError, ShapeError
-from microtome.ops._registry import Op
+from microtome.ops._registry import Backend, Op, why_not_common
 
 KINDS = ("fp32", "bf16")
 LANES = 32  # outputs of a panel
@@ -110,4 +110,24 @@ def _fake(W: Tensor, kind: str) -> Tensor:
     return W.new_empty(packed_shape(W.shape[0], W.shape[1], kind), dtype=dtype)
 
 
-_pack = Op(pack_weights_reference, fake=_fake)
+def _cpu(W: Tensor, kind: str) -> Tensor:
+    """Panel by panel in C++, csrc/cpu/pack_weights.cpp."""
+    packed = torch.empty(
+        packed_shape(W.shape[0], W.shape[1], kind),
+        dtype=torch.float32 if kind == "fp32" else torch.bfloat16,
+    )
+    _native.module().pack_weights(
+        W.data_ptr(), *W.shape, *W.stride(), kind == "bf16", packed.data_ptr(), _native.threads()
+    )
+    return packed
+
+
+def _why_not_cpu(W: Tensor, kind: str) -> str | None:
+    return why_not_common("cpu", [W], (torch.float32,))
+
+
+_pack = Op(
+    pack_weights_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+)

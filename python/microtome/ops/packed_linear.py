@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
-from microtome.ops._registry import Op
+from microtome import _check, _native
+from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops.pack_weights import FLOATS, check_outputs, check_packed, unpack_weights
 
 
@@ -67,4 +67,35 @@ def _fake(x: Tensor, packed: Tensor, o: int, bias: Tensor | None, add: Tensor | 
     return x.new_empty(x.shape[0], o)
 
 
-_linear = Op(packed_linear_reference, fake=_fake)
+def _cpu(x: Tensor, packed: Tensor, o: int, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    x, packed = _native.rows(x), packed.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    add = None if add is None else _native.rows(add)
+    y = torch.empty(x.shape[0], o, dtype=x.dtype)
+    _native.module().packed_linear(
+        x.data_ptr(),
+        x.stride(0),
+        packed.data_ptr(),
+        _native.address(bias),
+        _native.address(add),
+        0 if add is None else add.stride(0),
+        y.data_ptr(),
+        *x.shape,
+        o,
+        _native.forced_isa(),
+        _native.threads(),
+    )
+    return y
+
+
+def _why_not_cpu(
+    x: Tensor, packed: Tensor, o: int, bias: Tensor | None, add: Tensor | None
+) -> str | None:
+    return why_not_common("cpu", [x, packed, bias, add], (torch.float32,))
+
+
+_linear = Op(
+    packed_linear_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+)
