@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome import _check
 from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
@@ -99,7 +98,7 @@ class Recorder:
         )
         self.stop_early = stop_early and not collects
         self.seen: dict[str, Tensor] = {}
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[hooks.Handle] = []
         self.training: list[nn.Module] = []
 
     def __enter__(self) -> Recorder:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import SiteError
 from microtome.models.sites import Site
@@ -16,9 +15,13 @@ from microtome.models.sites import Site
 Visit = Callable[[Tensor], Tensor | None]
 
 
-def attach(
-    op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool
-) -> list[RemovableHandle]:
+class Handle(Protocol):
+    """What `attach` opened; `remove` closes it."""
+
+    def remove(self) -> None: ...
+
+
+def attach(op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool) -> list[Handle]:
     """Call `visit` on the activation at `site` in every forward.
 
     Args:
@@ -34,7 +37,7 @@ def attach(
     module = model.get_submodule(site.path)
     visit = _by_head(site, visit)
     if replace and site.skip is not None:
-        return _attach_stream(op, model, site, visit)
+        return [_StreamHandle(_Stream.at(op, model, site), visit)]
     if site.at_input:
 
         def before(
@@ -52,36 +55,74 @@ def attach(
     return [module.register_forward_hook(after)]
 
 
-def _attach_stream(op: str, model: nn.Module, site: Site, visit: Visit) -> list[RemovableHandle]:
-    """Replace a residual stream that is read both by a norm and by the addition after it.
+class _Stream:
+    """Replaces a residual stream that is read both by a norm and by the addition after it.
 
     The block computes stream + added; with the stream replaced at the norm's input, its output
     becomes new stream + added: the same sum in the same precision, so that the identity changes no
-    bit.
+    bit. `added` is what every other hook made of the MLP's output, and hooks on the block's output
+    get the new sum, whichever was opened first; hence one object for all visits of a stream.
     """
-    assert site.skip is not None
-    block, adds = site.skip
-    held: dict[str, Tensor] = {}
 
-    def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        old = _input(op, site, args, kwargs)
-        new = visit(old)
-        held["stream"] = old if new is None else new
-        return _with_input(args, kwargs, held["stream"])
+    open: ClassVar[dict[nn.Module, _Stream]] = {}
 
-    def added(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        held["added"] = _output(op, adds, output)
+    def __init__(self, op: str, model: nn.Module, site: Site) -> None:
+        assert site.skip is not None
+        block, self.adds = site.skip
+        self.op, self.site = op, site
+        self.norm, self.mlp = model.get_submodule(site.path), model.get_submodule(self.adds)
+        self.visits: list[_StreamHandle] = []
+        self.held: dict[str, Tensor] = {}
+        self.handles: list[Handle] = [
+            self.norm.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.get_submodule(block).register_forward_hook(self._after, prepend=True),
+            self.mlp.register_forward_hook(self._added),
+        ]
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _with_output(output, held.pop("stream") + held.pop("added"))
+    @classmethod
+    def at(cls, op: str, model: nn.Module, site: Site) -> _Stream:
+        """The one stream that is open at a site, or a new one."""
+        norm = model.get_submodule(site.path)
+        if norm not in cls.open:
+            cls.open[norm] = cls(op, model, site)
+        return cls.open[norm]
 
-    return [
-        model.get_submodule(site.path).register_forward_pre_hook(before, with_kwargs=True),
-        model.get_submodule(adds).register_forward_hook(added),
-        model.get_submodule(block).register_forward_hook(after),
-    ]
+    def close(self) -> None:
+        del self.open[self.norm]
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        stream = _input(self.op, self.site, args, kwargs)
+        for opened in tuple(self.visits):
+            new = opened.visit(stream)
+            stream = stream if new is None else new
+        self.held["stream"] = stream
+        # The MLP has not run yet: register again, to come after every hook that is on it by now.
+        self.handles.pop().remove()
+        self.handles.append(self.mlp.register_forward_hook(self._added))
+        return _with_input(args, kwargs, stream)
+
+    def _added(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.held["added"] = _output(self.op, self.adds, output)
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _with_output(output, self.held.pop("stream") + self.held.pop("added"))
+
+
+class _StreamHandle:
+    """One visit of a stream."""
+
+    def __init__(self, stream: _Stream, visit: Visit) -> None:
+        self.stream, self.visit = stream, visit
+        stream.visits.append(self)
+
+    def remove(self) -> None:
+        self.stream.visits.remove(self)
+        if not self.stream.visits:
+            self.stream.close()
 
 
 def _by_head(site: Site, visit: Visit) -> Visit:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import DtypeError, ShapeError, SiteError
 from microtome.models import hooks
@@ -67,7 +66,7 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
         nonlocal ran
         ran += 1
 
-    handles: list[RemovableHandle] = []
+    handles: list[hooks.Handle] = []
     try:
         handles.append(model.register_forward_pre_hook(count))
         handles += hooks.attach("splice", model, found, visit, replace=True)
