@@ -33,7 +33,8 @@ def named(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
 
 def test_sites_lists_every_kind_and_layer(named):
     name, model = named
-    kinds = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+    kinds = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+    kinds += ["q", "k", "v", "z", "neurons"]
     if name in PARALLEL:
         kinds.remove("resid_mid")
     assert sites(model) == [f"{kind}.{layer}" for kind in kinds for layer in range(LAYERS)]
@@ -140,7 +141,8 @@ def test_a_misspelt_site_lists_all_kinds_and_the_closest():
         capture(ToyModel(ToyConfig(num_hidden_layers=1)), "residpre.0", families.tokens())
     assert str(caught.value) == (
         "capture: no site matches 'residpre.0'; the model has resid_pre.0, resid_mid.0, "
-        "resid_post.0, attn_out.0, mlp_out.0, z.0 and module paths. Closest: 'resid_pre.0'."
+        "resid_post.0, attn_out.0, mlp_out.0, q.0, k.0, v.0, z.0, neurons.0 and module paths. "
+        "Closest: 'resid_pre.0'."
     )
 
 

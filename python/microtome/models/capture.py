@@ -14,7 +14,8 @@ from microtome import _check
 from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
 from microtome.models import hooks
 from microtome.models.activations import Activations
-from microtome.models.sites import Site, family_of, resolve
+from microtome.models.families import family_of
+from microtome.models.sites import Site, resolve
 
 
 class _ForwardDone(BaseException):
@@ -49,8 +50,8 @@ def capture(
         progress: show a progress bar, counted in rows.
 
     Returns:
-        Activations, with [b, t, d] by site ([b, t, h, d_head] for z), in the model's dtype and on
-        its device.
+        Activations, with [b, t, d] by site ([b, t, h, d_head] for q, k, v, z), in the model's dtype
+        and on its device.
 
     Raises:
         SiteError: a site matches nothing, did not fire, or holds no tensor.

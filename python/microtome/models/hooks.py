@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from microtome.errors import SiteError
@@ -126,16 +127,46 @@ class _StreamHandle:
 
 
 def _by_head(site: Site, visit: Visit) -> Visit:
-    """Wrap `visit` so that it sees [b, t, h, d_head] where the model has [b, t, h * d_head]."""
-    if site.d_head is None:
+    """Wrap `visit` so that it sees [b, t, h, d_head], however the module's tensor keeps it."""
+    if not site.heads:
         return visit
-    d_head = site.d_head
 
-    def visit_heads(flat: Tensor) -> Tensor | None:
-        new = visit(flat.unflatten(-1, (-1, d_head)))
-        return None if new is None else new.flatten(-2)
+    def visit_heads(whole: Tensor) -> Tensor | None:
+        new = visit(_heads(site, whole))
+        return None if new is None else _with_heads(site, whole, new)
 
     return visit_heads
+
+
+def _heads(site: Site, whole: Tensor) -> Tensor:
+    """The [b, t, h, d_head] of `site` in a module's tensor."""
+    assert site.d_head is not None
+    assert site.kind is not None
+    if site.heads == "first":
+        return whole.transpose(1, 2)
+    if site.heads == "stacked":
+        whole = whole.chunk(3, dim=-1)["qkv".index(site.kind)]
+    if site.heads == "interleaved":
+        return whole.unflatten(-1, (-1, 3, site.d_head))[..., "qkv".index(site.kind), :]
+    return whole.unflatten(-1, (-1, site.d_head))
+
+
+def _with_heads(site: Site, whole: Tensor, new: Tensor) -> Tensor:
+    """The module's tensor with `new` in the place of what `_heads` read."""
+    assert site.d_head is not None
+    assert site.kind is not None
+    if site.heads == "first":
+        # In the strides of the original: what multiplies it next then rounds as it would have.
+        return torch.empty_like(whole).copy_(new.transpose(1, 2))
+    if site.heads == "stacked":
+        parts = list(whole.chunk(3, dim=-1))
+        parts["qkv".index(site.kind)] = new.flatten(-2)
+        return torch.cat(parts, dim=-1)
+    if site.heads == "interleaved":
+        parts = list(whole.unflatten(-1, (-1, 3, site.d_head)).unbind(-2))
+        parts["qkv".index(site.kind)] = new
+        return torch.stack(parts, dim=-2).flatten(-3)
+    return new.flatten(-2)
 
 
 def _input(op: str, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -25,7 +25,7 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
     Args:
         model: as in `capture`.
         site: one canonical name or module path.
-        function: maps [b, t, d] ([b, t, h, d_head] for z) to the same shape; its result is cast to
+        function: maps [b, t, d] ([b, t, h, d_head] for q, k, v, z) to the same shape; its result is cast to
             the activation's dtype and device.
 
     Raises:
