@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
 from microtome.models import Activations, ToyConfig, ToyModel, capture, sites, splice
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(15).view(5, 3)
 
 

@@ -1,27 +1,21 @@
-"""What lies inside attention and MLP, in every family: queries, keys, values, neurons."""
+"""What lies inside attention and MLP, in every family: queries, keys, values, pattern, neurons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from microtome.models import ToyConfig, ToyModel, capture, splice
+from microtome.models.sites import resolve
 from microtome.testing import families
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = families.HEADS
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on many threads, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["toy", *families.MODELS], scope="module")
@@ -71,6 +65,71 @@ def test_replacing_one_of_queries_keys_and_values_leaves_the_other_two(named):
         for other in clean.by_site:
             wanted = clean[other] + 1 if other == site else clean[other]
             assert torch.equal(acts[other], wanted), (site, other)
+
+
+def attention(model: nn.Module, layer: int) -> nn.Module:
+    """The module of a layer that forms the pattern."""
+    (site,) = resolve("test", model, f"pattern.{layer}")
+    return model.get_submodule(site.path)
+
+
+def test_the_pattern_is_the_softmax_of_what_queries_and_keys_have_in_common(named):
+    name, model = named
+    tokens, seen = families.tokens(), {}
+    # Every token at position 0, where rotary embedding turns nothing. (A mask, or the model takes
+    # equal positions for packed sequences.)
+    places = {} if name == "toy" else {"position_ids": torch.zeros_like(tokens)}
+    mask = {} if name == "toy" else {"attention_mask": torch.ones_like(tokens)}
+    with ExitStack() as stack:
+        for site in ("q.1", "k.1", "pattern.1"):
+            keep = partial(seen.__setitem__, site)
+            stack.enter_context(splice(model, site, lambda x, keep=keep: keep(x) or x))
+        with torch.no_grad():
+            model(input_ids=tokens, **places, **mask)
+    scores = torch.einsum("bqhd,bkhd->bhqk", seen["q.1"], per_head(seen["k.1"]))
+    scores = scores * getattr(attention(model, 1), "scaling", seen["q.1"].shape[-1] ** -0.5)
+    if name == "gemma2":
+        scores = 50.0 * torch.tanh(scores / 50.0)
+    if name != "bert":
+        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(seen["pattern.1"], scores.softmax(-1))
+
+
+def test_the_pattern_times_the_values_is_z(named):
+    _, model = named
+    acts = capture(model, ["pattern.1", "v.1", "z.1"], families.tokens())
+    assert acts["pattern.1"].shape == (3, HEADS, 7, 7)
+    z = torch.einsum("bhqk,bkhd->bqhd", acts["pattern.1"], per_head(acts["v.1"]))
+    torch.testing.assert_close(acts["z.1"], z)
+
+
+def test_a_replaced_pattern_is_what_the_values_are_mixed_by(named):
+    _, model = named
+    with splice(model, "pattern.1", lambda x: torch.eye(7).expand_as(x)):
+        acts = capture(model, ["v.1", "z.1"], families.tokens())
+    assert torch.equal(acts["z.1"], per_head(acts["v.1"]))
+    with splice(model, "pattern.1", torch.zeros_like):
+        assert not capture(model, "z.1", families.tokens())["z.1"].any()
+
+
+@pytest.mark.parametrize("name", families.MODELS)
+def test_the_pattern_is_that_of_eager_attention_to_the_bit(name):
+    model, tokens = families.build(name), families.tokens()
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 3  # shorter than the tokens
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    mask[2, :2] = 0
+    for attention_mask in (None, mask):
+        mine = capture(model, "pattern.1", tokens, attention_mask=attention_mask)["pattern.1"]
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            out = model(input_ids=tokens, attention_mask=attention_mask, output_attentions=True)
+            assert torch.equal(mine, out.attentions[1])
+            with splice(model, "pattern.1", lambda x: x.clone()):
+                again = model(input_ids=tokens, attention_mask=attention_mask)
+            assert torch.equal(again.logits, out.logits)
 
 
 DOWN = {

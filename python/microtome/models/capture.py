@@ -50,8 +50,8 @@ def capture(
         progress: show a progress bar, counted in rows.
 
     Returns:
-        Activations, with [b, t, d] by site ([b, t, h, d_head] for q, k, v, z), in the model's dtype
-        and on its device.
+        Activations, with [b, t, d] by site ([b, t, h, d_head] for q, k, v, z; [b, h, destination,
+        source] for pattern), in the model's dtype and on its device.
 
     Raises:
         SiteError: a site matches nothing, did not fire, or holds no tensor.

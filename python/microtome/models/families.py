@@ -17,6 +17,7 @@ KINDS = (
     "q",
     "k",
     "v",
+    "pattern",
     "z",
     "neurons",
 )
@@ -64,6 +65,7 @@ class Family:
         v: the values.
         z: the heads' outputs, i.e. the input of the attention's output projection.
         neurons: the MLP's hidden activations, i.e. the input of its down projection.
+        attention: the module that forms the attention pattern.
         d_head: attribute that holds the width of a head.
         learned_positions: True if no sequence may exceed `config.max_position_embeddings`.
     """
@@ -79,6 +81,7 @@ class Family:
     v: Place
     z: Place
     neurons: Place
+    attention: str
     d_head: str
     learned_positions: bool = False
 
@@ -95,6 +98,7 @@ _GPT2 = Family(
     v=_output("attn.c_attn", "stacked"),
     z=_input("attn.c_proj", "flat"),
     neurons=_input("mlp.c_proj"),
+    attention="attn",
     d_head="attn.head_dim",
     learned_positions=True,
 )
@@ -110,6 +114,7 @@ _LLAMA = Family(
     v=_output("self_attn.v_proj", "flat"),
     z=_input("self_attn.o_proj", "flat"),
     neurons=_input("mlp.down_proj"),
+    attention="self_attn",
     d_head="self_attn.head_dim",
 )
 _GEMMA2 = dataclasses.replace(
@@ -156,6 +161,7 @@ FAMILIES = (
         v=_output("attention.query_key_value", "interleaved"),
         z=_input("attention.dense", "flat"),
         neurons=_input("mlp.dense_4h_to_h"),
+        attention="attention",
         d_head="attention.head_size",
     ),
     # Post-norm: the stream a BERT block hands on is normalised, and so is resid_mid.
@@ -171,6 +177,7 @@ FAMILIES = (
         v=_output("attention.self.value", "flat"),
         z=_input("attention.output.dense", "flat"),
         neurons=_input("output.dense"),
+        attention="attention.self",
         d_head="attention.self.attention_head_size",
         learned_positions=True,
     ),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import SiteError
+from microtome.models.pattern import Watch
 from microtome.models.sites import Site
 
 # Reads the activation; returns a replacement of the same shape, or None to leave it.
@@ -29,13 +30,16 @@ def attach(op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool
         op: name for messages.
         model: the model that holds `site`.
         site: from `sites.resolve`.
-        visit: called with the activation, [b, t, h, d_head] where the site has heads.
+        visit: called with the activation, [b, t, h, d_head] where the site has heads, [b, h, t, t]
+            for a pattern.
         replace: whether `visit` may return a replacement.
 
     Returns:
         Handles; the caller removes every one.
     """
     module = model.get_submodule(site.path)
+    if site.kind == "pattern":
+        return [Watch(module, visit)]
     visit = _by_head(site, visit)
     if replace and site.skip is not None:
         return [_StreamHandle(_Stream.at(op, model, site), visit)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from microtome.errors import ArgumentError, SiteError
 from microtome.models.families import FAMILIES, KINDS, Family, Place, family_of
+from microtome.models.pattern import can_watch
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ def sites(model: nn.Module) -> list[str]:
     - `q.L`, `k.L`, `v.L`: the heads' queries, keys and values, [b, t, h, d_head], before rotary
       embedding and after the norm that Qwen 3 and Gemma 3 give queries and keys; k and v have the
       key-value heads;
+    - `pattern.L`: the attention pattern after the softmax, [b, h, destination, source];
     - `z.L`: the heads' outputs before the output projection, [b, t, h, d_head];
     - `neurons.L`: the MLP's hidden activations, after nonlinearity and gate, [b, t, d_mlp].
 
     Models whose attention and MLP run in parallel have no resid_mid. In BERT, whose norms come
-    last, resid_mid and resid_post are the normalised stream.
+    last, resid_mid and resid_post are the normalised stream. While a pattern is read or replaced,
+    the whole model computes attention in plain steps: other sites then differ by rounding from what
+    they are under fused attention. Attention that cannot be exchanged has no pattern.
 
     Args:
         model: a Hugging Face GPT-2, Llama, SmolLM, Mistral, Qwen 2/3, Gemma 1/2/3, GPT-NeoX or
@@ -82,6 +86,8 @@ def canonical(op: str, model: nn.Module) -> dict[str, Site]:
     for kind in KINDS:
         for layer, block in enumerate(blocks):
             if kind == "resid_mid" and _parallel(block):
+                continue
+            if kind == "pattern" and not can_watch(block.get_submodule(family.attention)):
                 continue
             site = _site(kind, layer, f"{at}.{layer}", block, family)
             table[site.name] = site
@@ -118,6 +124,8 @@ def _site(kind: str, layer: int, at: str, block: nn.Module, family: Family) -> S
     name = f"{kind}.{layer}"
     if kind in ("resid_pre", "resid_post"):
         return Site(name, at, kind == "resid_pre", kind, layer)
+    if kind == "pattern":
+        return Site(name, f"{at}.{family.attention}", kind=kind, layer=layer)
     place: Place = getattr(family, kind)
     bypassed = kind == "resid_mid" and place.at_input
     return Site(
@@ -180,6 +188,11 @@ def _no_match(op: str, model: nn.Module, name: str, known: list[str], modules: s
     why = ""
     if kind == "resid_mid" and not spans["resid_mid"]:
         why = " (attention and MLP run in parallel, so no stream lies between them)"
+    if kind == "pattern" and not spans["pattern"]:
+        why = (
+            " (its attention does not go through the attention functions of transformers, so the "
+            "pattern is out of reach; a newer transformers may help)"
+        )
     return f"{op}: no site matches {name!r}{why}; the model has {has}. Closest: {near[0]!r}."
 
 
