@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
 from microtome.models import Activations, ToyConfig, ToyModel, capture, sites, splice
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(15).view(5, 3)
 
 
@@ -209,6 +213,38 @@ def test_a_capture_inside_a_splice_sees_the_replacement_and_splices_nest():
         acts = capture(model, ["resid_post.0", "resid_pre.1"], TOKENS)
     assert not acts["resid_post.0"].any()
     assert torch.equal(acts["resid_pre.1"], torch.full_like(acts["resid_pre.1"], 3.0))
+
+
+def test_splices_within_one_block_do_not_depend_on_the_order_they_are_opened_in():
+    model = ToyModel()
+    tens = [("resid_mid.1", 10.0), ("mlp_out.1", 20.0), ("resid_post.1", 30.0)]
+    for order in itertools.permutations(tens):
+        with contextlib.ExitStack() as stack:
+            for site, ten in order:
+                stack.enter_context(splice(model, site, lambda x, ten=ten: x * 0 + ten))
+            acts = capture(model, ["resid_mid.1", "mlp_out.1", "resid_post.1"], TOKENS)
+        for site, ten in tens:
+            assert torch.equal(acts[site], torch.full_like(acts[site], ten))
+    for order in itertools.permutations(tens[:2]):
+        with contextlib.ExitStack() as stack:
+            for site, ten in order:
+                stack.enter_context(splice(model, site, lambda x, ten=ten: x * 0 + ten))
+            post = capture(model, "resid_post.1", TOKENS)["resid_post.1"]
+        assert torch.equal(post, torch.full_like(post, 30.0))
+
+
+def test_splices_at_one_stream_apply_in_the_order_they_are_opened_in():
+    model = ToyModel()
+    with (
+        splice(model, "mlp_out.0", torch.zeros_like),
+        splice(model, "resid_mid.0", lambda x: x * 0 + 3),
+    ):
+        with splice(model, "resid_mid.0", lambda x: x * x):
+            nine = capture(model, "resid_post.0", TOKENS)["resid_post.0"]
+        three = capture(model, "resid_post.0", TOKENS)["resid_post.0"]
+    assert torch.equal(nine, torch.full_like(nine, 9.0))
+    assert torch.equal(three, torch.full_like(three, 3.0))
+    assert hooks_on(model) == 0
 
 
 def test_gradients_flow_through_a_splice():

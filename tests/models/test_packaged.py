@@ -89,7 +89,7 @@ def test_smollm2_knows_the_capital_of_france():
         probability, token = loaded.model(ids).logits[0, -1].softmax(-1).max(-1)
     assert loaded.tokenizer.decode([int(token)]) == " Paris"
     assert 0.70 < float(probability) < 0.85
-    assert len(sites(loaded.model)) == 180
+    assert len(sites(loaded.model)) == 330
     assert capture(loaded.model, ["resid_pre.10", "z.10"], ids)["z.10"].shape == (1, 5, 9, 64)
     # Digits are split one by one and control tokens are whole, as in the model's own tokenizer.
     assert len(loaded.tokenizer.encode("2024", add_special_tokens=False)) == 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -13,17 +11,9 @@ from microtome.models import ToyConfig, ToyModel, capture, sites, splice
 from microtome.testing import families
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, WIDTH, HEADS = families.LAYERS, families.WIDTH, families.HEADS
 PARALLEL = {"gpt_neox"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on many threads, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=families.MODELS, scope="module")
@@ -31,9 +21,15 @@ def named(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     return request.param, families.build(request.param)
 
 
+def fused(model: nn.Module) -> list[str]:
+    """The sites that can be read under fused attention, i.e. all but the pattern."""
+    return [site for site in sites(model) if not site.startswith("pattern")]
+
+
 def test_sites_lists_every_kind_and_layer(named):
     name, model = named
-    kinds = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+    kinds = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+    kinds += ["q", "k", "v", "pattern", "z", "neurons"]
     if name in PARALLEL:
         kinds.remove("resid_mid")
     assert sites(model) == [f"{kind}.{layer}" for kind in kinds for layer in range(LAYERS)]
@@ -44,7 +40,7 @@ def test_resid_pre_and_resid_post_are_the_models_own_hidden_states(named):
     tokens = families.tokens()
     with torch.no_grad():
         hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
-    acts = capture(model, sites(model), tokens)
+    acts = capture(model, fused(model), tokens)
     for layer in range(LAYERS):
         assert torch.equal(acts[f"resid_pre.{layer}"], hidden[layer])
     for layer in range(LAYERS - 1):  # the last hidden state is taken after the final norm
@@ -53,7 +49,7 @@ def test_resid_pre_and_resid_post_are_the_models_own_hidden_states(named):
 
 def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(named):
     name, model = named
-    acts = capture(model, sites(model), families.tokens())
+    acts = capture(model, fused(model), families.tokens())
     for layer in range(LAYERS):
         pre, post = acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer}"]
         attn, mlp = acts[f"attn_out.{layer}"], acts[f"mlp_out.{layer}"]
@@ -101,7 +97,7 @@ def test_splicing_the_identity_changes_no_bit_and_zero_does(named):
     tokens = families.tokens()
     with torch.no_grad():
         clean = model(input_ids=tokens).logits
-        for site in (site for site in sites(model) if site.endswith(".1")):
+        for site in (site for site in fused(model) if site.endswith(".1")):
             with splice(model, site, lambda x: x.clone()):
                 assert torch.equal(model(input_ids=tokens).logits, clean), site
             with splice(model, site, torch.zeros_like):
@@ -112,7 +108,7 @@ def test_splicing_the_identity_changes_no_bit_and_zero_does(named):
 def test_a_stream_spliced_from_another_run_continues_as_that_run(named):
     name, model = named
     mine, other = families.tokens(), families.tokens().flip(0)
-    acts = capture(model, sites(model), other)
+    acts = capture(model, fused(model), other)
     kinds = (
         ["resid_pre", "resid_post"]
         if name in PARALLEL
@@ -140,7 +136,9 @@ def test_a_misspelt_site_lists_all_kinds_and_the_closest():
         capture(ToyModel(ToyConfig(num_hidden_layers=1)), "residpre.0", families.tokens())
     assert str(caught.value) == (
         "capture: no site matches 'residpre.0'; the model has resid_pre.0, resid_mid.0, "
-        "resid_post.0, attn_out.0, mlp_out.0, z.0 and module paths. Closest: 'resid_pre.0'."
+        "resid_post.0, attn_out.0, mlp_out.0, q.0, k.0, v.0, pattern.0, z.0, neurons.0 and "
+        "module paths. "
+        "Closest: 'resid_pre.0'."
     )
 
 

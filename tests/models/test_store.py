@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from microtome.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError, StoreError
+from microtome.errors import (
+    ArgumentError,
+    DtypeError,
+    NonFiniteError,
+    ShapeError,
+    SiteError,
+    StoreError,
+)
 from microtome.models import ActivationStore, ToyModel, capture, capture_to_store, store_write
 
 D, T = 3, 4
@@ -287,6 +294,10 @@ def test_capture_to_store_refuses_before_it_runs_and_cleans_up_after(tmp_path: P
     options = {"model_name": "toy", "progress": False}
     with pytest.raises(ShapeError, match=r"'wpe' has shape \[3, 64\], must be \[b, t, d\]"):
         capture_to_store(model, tokens, "wpe", tmp_path / "s", **options)
+    with pytest.raises(
+        SiteError, match=r"'pattern.0' is a pattern \[h, t, t\], not one activation"
+    ):
+        capture_to_store(model, tokens, "pattern.0", tmp_path / "s", **options)
     with torch.no_grad():
         model.h[0].mlp[2].bias[5] = float("nan")
     with pytest.raises(NonFiniteError, match="activations holds NaN or infinity in row 0, 1"):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome import _check
 from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
 from microtome.models import hooks
 from microtome.models.activations import Activations
-from microtome.models.sites import Site, family_of, resolve
+from microtome.models.families import family_of
+from microtome.models.sites import Site, resolve
 
 
 class _ForwardDone(BaseException):
@@ -50,8 +50,8 @@ def capture(
         progress: show a progress bar, counted in rows.
 
     Returns:
-        Activations, with [b, t, d] by site ([b, t, h, d_head] for z), in the model's dtype and on
-        its device.
+        Activations, with [b, t, d] by site ([b, t, h, d_head] for q, k, v, z; [b, h, destination,
+        source] for pattern), in the model's dtype and on its device.
 
     Raises:
         SiteError: a site matches nothing, did not fire, or holds no tensor.
@@ -99,8 +99,8 @@ class Recorder:
         )
         self.stop_early = stop_early and not collects
         self.seen: dict[str, Tensor] = {}
-        self.handles: list[RemovableHandle] = []
-        self.training: list[nn.Module] = []
+        self.handles: list[hooks.Handle] = []
+        self.mode = evaluating(model)
 
     def __enter__(self) -> Recorder:
         try:
@@ -110,14 +110,12 @@ class Recorder:
         except BaseException:
             self._remove()
             raise
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        self.mode.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._remove()
-        for module in self.training:
-            module.training = True
+        self.mode.__exit__(None, None, None)
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
         """One forward; SiteError if a site did not fire."""
@@ -149,6 +147,18 @@ class Recorder:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while open; each module that was in training mode comes back to it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def call(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None) -> Any:
@@ -186,7 +196,8 @@ def check_tokens(
         _check.shapes(op, tokens=(tokens, "b t"), attention_mask=(attention_mask, "b t"))
         _check.dtype(op, (torch.int64,), tokens=tokens)
         _check.index_range(op, tokens, vocabulary, "vocabulary")
-        family, limit = family_of(model), getattr(model.config, "max_position_embeddings", None)
+        family, config = family_of(model), getattr(model, "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
         if family is not None and family.learned_positions and limit is not None:
             _check.between(
                 op, "context length", tokens.shape[1], 1, limit, "max_position_embeddings"

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import SiteError
+from microtome.models.pattern import Watch
 from microtome.models.sites import Site
 
 # Reads the activation; returns a replacement of the same shape, or None to leave it.
 Visit = Callable[[Tensor], Tensor | None]
 
 
-def attach(
-    op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool
-) -> list[RemovableHandle]:
+class Handle(Protocol):
+    """What `attach` opened; `remove` closes it."""
+
+    def remove(self) -> None: ...
+
+
+def attach(op: str, model: nn.Module, site: Site, visit: Visit, *, replace: bool) -> list[Handle]:
     """Call `visit` on the activation at `site` in every forward.
 
     Args:
         op: name for messages.
         model: the model that holds `site`.
         site: from `sites.resolve`.
-        visit: called with the activation, [b, t, h, d_head] where the site has heads.
+        visit: called with the activation, [b, t, h, d_head] where the site has heads, [b, h, t, t]
+            for a pattern.
         replace: whether `visit` may return a replacement.
 
     Returns:
         Handles; the caller removes every one.
     """
     module = model.get_submodule(site.path)
+    if site.kind == "pattern":
+        return [Watch(module, visit)]
     visit = _by_head(site, visit)
     if replace and site.skip is not None:
-        return _attach_stream(op, model, site, visit)
+        return [_StreamHandle(_Stream.at(op, model, site), visit)]
     if site.at_input:
 
         def before(
@@ -52,49 +60,117 @@ def attach(
     return [module.register_forward_hook(after)]
 
 
-def _attach_stream(op: str, model: nn.Module, site: Site, visit: Visit) -> list[RemovableHandle]:
-    """Replace a residual stream that is read both by a norm and by the addition after it.
+class _Stream:
+    """Replaces a residual stream that is read both by a norm and by the addition after it.
 
     The block computes stream + added; with the stream replaced at the norm's input, its output
     becomes new stream + added: the same sum in the same precision, so that the identity changes no
-    bit.
+    bit. `added` is what every other hook made of the MLP's output, and hooks on the block's output
+    get the new sum, whichever was opened first; hence one object for all visits of a stream.
     """
-    assert site.skip is not None
-    block, adds = site.skip
-    held: dict[str, Tensor] = {}
 
-    def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        old = _input(op, site, args, kwargs)
-        new = visit(old)
-        held["stream"] = old if new is None else new
-        return _with_input(args, kwargs, held["stream"])
+    open: ClassVar[dict[nn.Module, _Stream]] = {}
 
-    def added(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        held["added"] = _output(op, adds, output)
+    def __init__(self, op: str, model: nn.Module, site: Site) -> None:
+        assert site.skip is not None
+        block, self.adds = site.skip
+        self.op, self.site = op, site
+        self.norm, self.mlp = model.get_submodule(site.path), model.get_submodule(self.adds)
+        self.visits: list[_StreamHandle] = []
+        self.held: dict[str, Tensor] = {}
+        self.handles: list[Handle] = [
+            self.norm.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.get_submodule(block).register_forward_hook(self._after, prepend=True),
+            self.mlp.register_forward_hook(self._added),
+        ]
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _with_output(output, held.pop("stream") + held.pop("added"))
+    @classmethod
+    def at(cls, op: str, model: nn.Module, site: Site) -> _Stream:
+        """The one stream that is open at a site, or a new one."""
+        norm = model.get_submodule(site.path)
+        if norm not in cls.open:
+            cls.open[norm] = cls(op, model, site)
+        return cls.open[norm]
 
-    return [
-        model.get_submodule(site.path).register_forward_pre_hook(before, with_kwargs=True),
-        model.get_submodule(adds).register_forward_hook(added),
-        model.get_submodule(block).register_forward_hook(after),
-    ]
+    def close(self) -> None:
+        del self.open[self.norm]
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        stream = _input(self.op, self.site, args, kwargs)
+        for opened in tuple(self.visits):
+            new = opened.visit(stream)
+            stream = stream if new is None else new
+        self.held["stream"] = stream
+        # The MLP has not run yet: register again, to come after every hook that is on it by now.
+        self.handles.pop().remove()
+        self.handles.append(self.mlp.register_forward_hook(self._added))
+        return _with_input(args, kwargs, stream)
+
+    def _added(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.held["added"] = _output(self.op, self.adds, output)
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _with_output(output, self.held.pop("stream") + self.held.pop("added"))
+
+
+class _StreamHandle:
+    """One visit of a stream."""
+
+    def __init__(self, stream: _Stream, visit: Visit) -> None:
+        self.stream, self.visit = stream, visit
+        stream.visits.append(self)
+
+    def remove(self) -> None:
+        self.stream.visits.remove(self)
+        if not self.stream.visits:
+            self.stream.close()
 
 
 def _by_head(site: Site, visit: Visit) -> Visit:
-    """Wrap `visit` so that it sees [b, t, h, d_head] where the model has [b, t, h * d_head]."""
-    if site.d_head is None:
+    """Wrap `visit` so that it sees [b, t, h, d_head], however the module's tensor keeps it."""
+    if not site.heads:
         return visit
-    d_head = site.d_head
 
-    def visit_heads(flat: Tensor) -> Tensor | None:
-        new = visit(flat.unflatten(-1, (-1, d_head)))
-        return None if new is None else new.flatten(-2)
+    def visit_heads(whole: Tensor) -> Tensor | None:
+        new = visit(_heads(site, whole))
+        return None if new is None else _with_heads(site, whole, new)
 
     return visit_heads
+
+
+def _heads(site: Site, whole: Tensor) -> Tensor:
+    """The [b, t, h, d_head] of `site` in a module's tensor."""
+    assert site.d_head is not None
+    assert site.kind is not None
+    if site.heads == "first":
+        return whole.transpose(1, 2)
+    if site.heads == "stacked":
+        whole = whole.chunk(3, dim=-1)["qkv".index(site.kind)]
+    if site.heads == "interleaved":
+        return whole.unflatten(-1, (-1, 3, site.d_head))[..., "qkv".index(site.kind), :]
+    return whole.unflatten(-1, (-1, site.d_head))
+
+
+def _with_heads(site: Site, whole: Tensor, new: Tensor) -> Tensor:
+    """The module's tensor with `new` in the place of what `_heads` read."""
+    assert site.d_head is not None
+    assert site.kind is not None
+    if site.heads == "first":
+        # In the strides of the original: what multiplies it next then rounds as it would have.
+        return torch.empty_like(whole).copy_(new.transpose(1, 2))
+    if site.heads == "stacked":
+        parts = list(whole.chunk(3, dim=-1))
+        parts["qkv".index(site.kind)] = new.flatten(-2)
+        return torch.cat(parts, dim=-1)
+    if site.heads == "interleaved":
+        parts = list(whole.unflatten(-1, (-1, 3, site.d_head)).unbind(-2))
+        parts["qkv".index(site.kind)] = new
+        return torch.stack(parts, dim=-2).flatten(-3)
+    return new.flatten(-2)
 
 
 def _input(op: str, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

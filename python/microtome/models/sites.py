@@ -1,8 +1,7 @@
-"""Canonical names of the places in a transformer, and where each known architecture keeps them."""
+"""Canonical names of the places in a transformer, found in a model."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,99 +10,8 @@ from operator import attrgetter
 from torch import nn
 
 from microtome.errors import ArgumentError, SiteError
-
-KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family of models keeps its sites, as paths below a block; ":in" is a module's input.
-
-    Attributes:
-        name: for messages.
-        model_types: values of `model.config.model_type` that belong to the family.
-        blocks: last part of the path of the list of blocks.
-        resid_mid: the residual stream between attention and MLP.
-        attn_out: what attention adds to the residual stream (after a post-norm, where there is
-            one).
-        mlp_out: what the MLP adds to it.
-        z: the heads' outputs, i.e. the input of the attention's output projection.
-        d_head: attribute that holds the width of a head.
-        learned_positions: True if no sequence may exceed `config.max_position_embeddings`.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    blocks: str
-    resid_mid: str
-    attn_out: str
-    mlp_out: str
-    z: str
-    d_head: str
-    learned_positions: bool = False
-
-
-_GEMMA2 = Family(
-    name="Gemma 2 and 3",
-    model_types=("gemma2", "gemma3_text"),
-    blocks="layers",
-    resid_mid="pre_feedforward_layernorm:in",
-    attn_out="post_attention_layernorm",
-    mlp_out="post_feedforward_layernorm",
-    z="self_attn.o_proj:in",
-    d_head="self_attn.head_dim",
-)
-_GPT2 = Family(
-    name="GPT-2",
-    model_types=("gpt2",),
-    blocks="h",
-    resid_mid="ln_2:in",
-    attn_out="attn",
-    mlp_out="mlp",
-    z="attn.c_proj:in",
-    d_head="attn.head_dim",
-    learned_positions=True,
-)
-
-FAMILIES = (
-    _GPT2,
-    dataclasses.replace(_GPT2, name="the toy model", model_types=("microtome_toy",)),
-    Family(
-        name="Llama, SmolLM, Mistral, Qwen 2 and 3, Gemma",
-        model_types=("llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma"),
-        blocks="layers",
-        resid_mid="post_attention_layernorm:in",
-        attn_out="self_attn",
-        mlp_out="mlp",
-        z="self_attn.o_proj:in",
-        d_head="self_attn.head_dim",
-    ),
-    _GEMMA2,
-    # The language model inside the image-and-text Gemma 3; its vision tower has "layers" too.
-    dataclasses.replace(_GEMMA2, model_types=("gemma3",), blocks="language_model.layers"),
-    Family(
-        name="GPT-NeoX",
-        model_types=("gpt_neox",),
-        blocks="layers",
-        resid_mid="post_attention_layernorm:in",
-        attn_out="post_attention_dropout",
-        mlp_out="post_mlp_dropout",
-        z="attention.dense:in",
-        d_head="attention.head_size",
-    ),
-    # Post-norm: the stream a BERT block hands on is normalised, and so is resid_mid.
-    Family(
-        name="BERT",
-        model_types=("bert",),
-        blocks="encoder.layer",
-        resid_mid="attention.output",
-        attn_out="attention.output.dropout",
-        mlp_out="output.dropout",
-        z="attention.output.dense:in",
-        d_head="attention.self.attention_head_size",
-        learned_positions=True,
-    ),
-)
+from microtome.models.families import FAMILIES, KINDS, Family, Place, family_of
+from microtome.models.pattern import can_watch
 
 
 @dataclass(frozen=True)
@@ -114,7 +22,10 @@ class Site:
         name: as the user wrote it.
         path: the module it lies at.
         at_input: at the module's input instead of its output.
-        d_head: split the last axis into heads of this width, or None.
+        kind: one of KINDS, or None for a module path.
+        layer: the block it lies in, or None.
+        heads: how the heads lie in the module's tensor: see `families.Place`.
+        d_head: the width of a head where the tensor has to be split into heads, or None.
         skip: for a residual stream that reads off a norm's input, (block, module whose output the
             block adds to it): the stream also bypasses the norm, so that replacing it takes all
             three.
@@ -123,24 +34,32 @@ class Site:
     name: str
     path: str
     at_input: bool = False
+    kind: str | None = None
+    layer: int | None = None
+    heads: str = ""
     d_head: int | None = None
     skip: tuple[str, str] | None = None
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """The architecture of a model by its `config.model_type`, or None."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return next((f for f in FAMILIES if model_type in f.model_types), None)
 
 
 def sites(model: nn.Module) -> list[str]:
     """List the canonical sites that a model has.
 
-    For each layer L: `resid_pre.L` (the residual stream entering the block), `resid_mid.L` (between
-    attention and MLP), `resid_post.L` (leaving it), `attn_out.L` and `mlp_out.L` (what each adds to
-    the stream), `z.L` (the heads' outputs before the output projection, [b, t, h, d_head]). Models
-    whose attention and MLP run in parallel have no resid_mid. In BERT, whose norms come last,
-    resid_mid and resid_post are the normalised stream.
+    For each layer L:
+
+    - `resid_pre.L`, `resid_mid.L`, `resid_post.L`: the residual stream entering the block, between
+      attention and MLP, leaving the block, [b, t, d];
+    - `attn_out.L`, `mlp_out.L`: what each adds to the stream, [b, t, d];
+    - `q.L`, `k.L`, `v.L`: the heads' queries, keys and values, [b, t, h, d_head], before rotary
+      embedding and after the norm that Qwen 3 and Gemma 3 give queries and keys; k and v have the
+      key-value heads;
+    - `pattern.L`: the attention pattern after the softmax, [b, h, destination, source];
+    - `z.L`: the heads' outputs before the output projection, [b, t, h, d_head];
+    - `neurons.L`: the MLP's hidden activations, after nonlinearity and gate, [b, t, d_mlp].
+
+    Models whose attention and MLP run in parallel have no resid_mid. In BERT, whose norms come
+    last, resid_mid and resid_post are the normalised stream. While a pattern is read or replaced,
+    the whole model computes attention in plain steps: other sites then differ by rounding from what
+    they are under fused attention. Attention that cannot be exchanged has no pattern.
 
     Args:
         model: a Hugging Face GPT-2, Llama, SmolLM, Mistral, Qwen 2/3, Gemma 1/2/3, GPT-NeoX or
@@ -168,8 +87,10 @@ def canonical(op: str, model: nn.Module) -> dict[str, Site]:
         for layer, block in enumerate(blocks):
             if kind == "resid_mid" and _parallel(block):
                 continue
-            name = f"{kind}.{layer}"
-            table[name] = _site(name, kind, f"{at}.{layer}", block, family)
+            if kind == "pattern" and not can_watch(block.get_submodule(family.attention)):
+                continue
+            site = _site(kind, layer, f"{at}.{layer}", block, family)
+            table[site.name] = site
     return table
 
 
@@ -198,14 +119,25 @@ def resolve(op: str, model: nn.Module, names: str | Iterable[str]) -> list[Site]
     return list(found.values())
 
 
-def _site(name: str, kind: str, at: str, block: nn.Module, family: Family) -> Site:
-    """The site of one kind in one block."""
+def _site(kind: str, layer: int, at: str, block: nn.Module, family: Family) -> Site:
+    """The site of one kind in one block, `block`, which lies at `at`."""
+    name = f"{kind}.{layer}"
     if kind in ("resid_pre", "resid_post"):
-        return Site(name, at, at_input=kind == "resid_pre")
-    path, _, side = str(getattr(family, kind)).partition(":")
-    d_head = int(attrgetter(family.d_head)(block)) if kind == "z" else None
-    skip = (at, f"{at}.{family.mlp_out}") if kind == "resid_mid" and side else None
-    return Site(name, f"{at}.{path}", at_input=bool(side), d_head=d_head, skip=skip)
+        return Site(name, at, kind == "resid_pre", kind, layer)
+    if kind == "pattern":
+        return Site(name, f"{at}.{family.attention}", kind=kind, layer=layer)
+    place: Place = getattr(family, kind)
+    bypassed = kind == "resid_mid" and place.at_input
+    return Site(
+        name,
+        f"{at}.{place.path}",
+        place.at_input,
+        kind,
+        layer,
+        heads=place.heads,
+        d_head=int(attrgetter(family.d_head)(block)) if place.heads else None,
+        skip=(at, f"{at}.{family.mlp_out.path}") if bypassed else None,
+    )
 
 
 def _blocks(op: str, model: nn.Module, family: Family) -> tuple[str, nn.ModuleList]:
@@ -256,6 +188,11 @@ def _no_match(op: str, model: nn.Module, name: str, known: list[str], modules: s
     why = ""
     if kind == "resid_mid" and not spans["resid_mid"]:
         why = " (attention and MLP run in parallel, so no stream lies between them)"
+    if kind == "pattern" and not spans["pattern"]:
+        why = (
+            " (its attention does not go through the attention functions of transformers, so the "
+            "pattern is out of reach; a newer transformers may help)"
+        )
     return f"{op}: no site matches {name!r}{why}; the model has {has}. Closest: {near[0]!r}."
 
 

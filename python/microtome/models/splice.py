@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import DtypeError, ShapeError, SiteError
 from microtome.models import hooks
@@ -26,15 +25,16 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
     Args:
         model: as in `capture`.
         site: one canonical name or module path.
-        function: maps [b, t, d] ([b, t, h, d_head] for z) to the same shape; its result is cast to
-            the activation's dtype and device.
+        function: maps [b, t, d] ([b, t, h, d_head] for q, k, v, z; [b, h, destination, source] for
+            pattern) to the same shape; its result is cast to the activation's dtype and device.
 
     Raises:
         SiteError: no such site, or the model ran and the site did not fire.
         ShapeError: the function returned another shape.
         DtypeError: it returned no tensor.
 
-    Replacing by the identity changes no bit of the model's output.
+    Replacing by the identity changes no bit of the model's output; at pattern, none of what the
+    model gives under `attn_implementation="eager"`, and rounding under fused attention.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
         nonlocal ran
         ran += 1
 
-    handles: list[RemovableHandle] = []
+    handles: list[hooks.Handle] = []
     try:
         handles.append(model.register_forward_pre_hook(count))
         handles += hooks.attach("splice", model, found, visit, replace=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome import _check
-from microtome.errors import ArgumentError, DtypeError, ShapeError
+from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
 from microtome.models.batches import Prefetched, RowOrder
 from microtome.models.capture import Recorder, batch_slices, check_tokens
 from microtome.models.sites import resolve
@@ -231,6 +231,12 @@ def capture_to_store(
     """
     op = "capture_to_store"
     found = resolve(op, model, [site])
+    if found[0].kind == "pattern":  # with as many heads as tokens its shape would not give it away
+        msg = (
+            f"{op}: site {site!r} is a pattern [h, t, t], not one activation for each token. Name "
+            "another site, or keep patterns with `capture`."
+        )
+        raise SiteError(msg)
     check_tokens(op, model, tokens, None, batch_size)
     _check.shapes(op, tokens=(tokens, "b t"))
     _check.dtype(op, (torch.int64,), tokens=tokens)

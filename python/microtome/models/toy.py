@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from microtome import _check
 from microtome._seed import generator
+from microtome.models.pattern import attention, is_watched
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class ToyOutput:
 class _Attention(nn.Module):
     """Causal attention over h heads."""
 
+    is_causal = True
+    asks_is_watched = True  # for models.pattern
+
     def __init__(self, d: int, h: int) -> None:
         super().__init__()
         self.head_dim = d // h
@@ -45,8 +49,11 @@ class _Attention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.c_attn(x).chunk(3, dim=-1)
         )  # [b, h, t, d_head]
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.c_proj(z.transpose(1, 2).flatten(-2))
+        if is_watched(self):
+            z, _ = attention(self, q, k, v, None)  # [b, t, h, d_head]
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        out: Tensor = self.c_proj(z.flatten(-2))
         return out
 
 
