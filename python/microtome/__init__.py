@@ -22,7 +22,7 @@ _PUBLIC = {
     "info": "microtome.ops",
     "use_backend": "microtome.ops",
 }
-_MODULES = ("errors", "integrations", "kernels", "models", "ops", "sae", "testing")
+_MODULES = ("errors", "integrations", "kernels", "models", "ops", "patching", "sae", "testing")
 
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 

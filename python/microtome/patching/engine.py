@@ -1,4 +1,4 @@
-"""Choosing what runs a sweep: the fastest engine that is verified against the model's own output."""
+"""Choosing what runs a sweep: the fastest engine that gives the model's own output."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def engine_for(
     _check.one_of(op, "precision", precision, PRECISIONS)
     _check.between(op, "memory", memory, 1 << 20, 1 << 50)
     first, stop = spans(op, base, mask)
-    sources = first if mask is not None and len(source) == len(base) else torch.zeros(len(source)).long()
+    sources = (
+        first if mask is not None and len(source) == len(base) else torch.zeros(len(source)).long()
+    )
     delta = precision == "delta-bf16"
     if engine in ("auto", "native"):
         runner = runner_of(model, base, first.int())

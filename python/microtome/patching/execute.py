@@ -1,4 +1,4 @@
-"""Running a grid of cells on an engine, a group at a time, so that it can be watched and resumed."""
+"""Running a grid of cells on an engine, a group at a time, to be watched and resumed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Engine(Protocol):
     shape: Shape
 
     @property
-    def vocabulary(self) -> int: ...  # noqa: D102
-    def has(self, site: str) -> bool: ...  # noqa: D102
-    def fingerprint(self) -> bytes: ...  # noqa: D102
-    def activation(self, layer: int, stage: str) -> Tensor: ...  # noqa: D102
-    def trimmed(self, plan: Plan) -> Plan: ...  # noqa: D102
-    def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor: ...  # noqa: D102
+    def vocabulary(self) -> int: ...
+    def has(self, site: str) -> bool: ...
+    def fingerprint(self) -> bytes: ...
+    def activation(self, layer: int, stage: str) -> Tensor: ...
+    def trimmed(self, plan: Plan) -> Plan: ...
+    def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor: ...
     def patched(
         self, plan: Plan, slots: Tensor, columns: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...  # noqa: D102
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def execute(
     """
     grid, shape, metric = job.grid, engine.shape, job.metric
     if not engine.has(grid.site):
-        msg = f"{op}: the model has no {grid.site}: attention and MLP read the same stream, or there is no MLP."
+        msg = (
+            f"{op}: the model has no {grid.site}: its attention and MLP read the same stream, or it "
+            "has no MLP. Choose another site."
+        )
         raise SiteError(msg)
     b = shape.b
     slots, columns = metric.slots(b, shape.stop), metric.columns(b, engine.vocabulary)
@@ -136,7 +139,7 @@ def _fingerprint(engine: Engine, job: Job) -> str:
     return digest.hexdigest()
 
 
-def _bar(op: str, cells: int, progress: bool):  # noqa: ANN202
+def _bar(op: str, cells: int, progress: bool):
     from tqdm import tqdm
 
     return tqdm(total=cells, desc=op, unit="cell", disable=not progress)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from microtome.errors import SiteError
 from microtome.models.capture import call, capture
+from microtome.models.families import family_of
 from microtome.models.native.plan import STAGES, Plan
-from microtome.models.sites import canonical, family_of
+from microtome.models.sites import canonical
 from microtome.models.splice import splice
 from microtome.ops import patch_rows
 from microtome.patching.cells import HEADED, Shape
@@ -100,7 +101,11 @@ class HookEngine:
         parts = []
         for some in prompts.split(self._rows()):
             logits = self._logits(some)
-            parts.append(chosen(logits, slots[: len(some)], None if columns is None else columns[: len(some)]))
+            parts.append(
+                chosen(
+                    logits, slots[: len(some)], None if columns is None else columns[: len(some)]
+                )
+            )
             slots, columns = slots[len(some) :], None if columns is None else columns[len(some) :]
         return torch.cat(parts)
 
@@ -117,7 +122,11 @@ class HookEngine:
                 own = None if columns is None else columns[prompt]
                 m = slots.shape[1]
                 new = chosen(logits, slots[prompt], own)
-                yield rows.repeat_interleave(m), torch.arange(m).repeat(len(rows)), new.flatten(0, 1)
+                yield (
+                    rows.repeat_interleave(m),
+                    torch.arange(m).repeat(len(rows)),
+                    new.flatten(0, 1),
+                )
 
     def _run(self, plan: Plan, start: int) -> Tensor:
         """[r, t, vocabulary]: a forward with one row for each row of the plan."""
@@ -129,10 +138,16 @@ class HookEngine:
             for key in keys.unique().tolist():
                 at, stage = key // len(STAGES), STAGES[key % len(STAGES)]
                 writes = plan.writes.select(keys == key)
-                name = self._site(stage, at) if at < self.shape.layers else self._site("resid_post", at - 1)
+                name = (
+                    self._site(stage, at)
+                    if at < self.shape.layers
+                    else self._site("resid_post", at - 1)
+                )
                 sources = plan.sources.get((at, stage))
 
-                def visit(x: Tensor, w: Any = writes, stage: str = stage, s: Any = sources) -> Tensor:
+                def visit(
+                    x: Tensor, w: Any = writes, stage: str = stage, s: Any = sources
+                ) -> Tensor:
                     held = packed(stage, x).unflatten(0, (len(x), -1))  # [r, t, w]
                     table = torch.stack((w.row, w.position, w.lo, w.hi, w.source, w.op), 1)
                     cut = torch.arange(len(x))[:, None] * torch.tensor([1, 0, 0])
@@ -143,7 +158,10 @@ class HookEngine:
                         s.to(held.dtype).float() if held.dtype != torch.float64 else s,
                         cut.int().to(x.device),
                         table.int().to(x.device),
-                        w.factor.to(x.device, torch.float64 if held.dtype == torch.float64 else torch.float32),
+                        w.factor.to(
+                            x.device,
+                            torch.float64 if held.dtype == torch.float64 else torch.float32,
+                        ),
                     )
                     return unpacked(stage, new.to(x.dtype), x)
 

@@ -59,8 +59,8 @@ class Metric:
         at = torch.where(self.positions < 0, self.positions + stop[:, None], self.positions)
         if bool(((at < 0) | (at >= stop[:, None])).any()):
             msg = (
-                f"{self.name}: position {int(self.positions.flatten()[0])} lies outside a prompt of "
-                f"{int(stop.min())} tokens."
+                f"{self.name}: position {int(self.positions.flatten()[0])} lies outside a prompt "
+                f"of {int(stop.min())} tokens."
             )
             raise ArgumentError(msg)
         return at
@@ -139,7 +139,9 @@ def logit_difference(correct: Tokens, incorrect: Tokens, *, position: int | Tens
     """
     a, b = _ids("logit_difference", correct), _ids("logit_difference", incorrect)
     if a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0]):
-        msg = f"logit_difference: {a.shape[0]} correct and {b.shape[0]} incorrect tokens. Pair them."
+        msg = (
+            f"logit_difference: {a.shape[0]} correct and {b.shape[0]} incorrect tokens. Pair them."
+        )
         raise ArgumentError(msg)
     tokens = torch.cat(torch.broadcast_tensors(a, b), dim=1)
     measure = lambda logits, _: logits[..., 0, 0] - logits[..., 0, 1]  # noqa: E731

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -41,7 +40,9 @@ class Partial:
                 about = json.loads(file.metadata()["microtome"])
                 tensors = {name: file.get_tensor(name) for name in ("scores", "written")}
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            msg = f"sweep: {self.path} holds no interrupted sweep ({error}). Delete it to start anew."
+            msg = (
+                f"sweep: {self.path} holds no interrupted sweep ({error}). Delete it to start anew."
+            )
             raise StoreError(msg) from error
         if about["fingerprint"] != self.fingerprint:
             msg = (
@@ -62,7 +63,7 @@ class Partial:
         fresh = self.path.with_name(self.path.name + ".new")
         try:
             save_file(tensors, fresh, metadata={"microtome": about})
-            os.replace(fresh, self.path)
+            fresh.replace(self.path)
         except (SafetensorError, OSError) as error:
             msg = f"sweep: cannot write {self.path} ({error}). Free space, or name another file."
             raise StoreError(msg) from error

@@ -58,8 +58,8 @@ def spans(op: str, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     holes = (kept.sum(1) != stop - first) | ~kept.any(1)
     if bool(holes.any()):
         msg = (
-            f"{op}: attention_mask of prompt {int(holes.nonzero()[0])} must be one run of ones, with "
-            "padding before or after it."
+            f"{op}: attention_mask of prompt {int(holes.nonzero()[0])} must be one run of ones, "
+            "with padding before or after it."
         )
         raise ArgumentError(msg)
     return first, stop

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from microtome import _check
 from microtome.errors import ArgumentError
-from microtome.patching.cells import Values, make_grid
+from microtome.patching.cells import make_grid
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import Job, execute
 from microtome.patching.metrics import Metric, as_metric
@@ -59,11 +58,14 @@ def sweep(
             to [b]. A metric that says what it reads saves unembedding the rest.
         site: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z",
             "pattern" or "neurons".
-        axes: what to sweep over besides layers: positions for a stream (default), heads for q, k, v,
-            z and pattern (default), neurons (default), or ("layer", "position", "head"), or
-            ("layer", "head", "position", "source") for single entries of a pattern, or ("layer",).
-            Without "position" a cell patches all positions.
-        layers, positions, heads, neurons: restrict an axis.
+        axes: what to sweep over besides layers: by default positions of a stream, heads of q, k, v,
+            z and pattern, neurons; or ("layer", "position", "head"), or ("layer", "head",
+            "position", "source") for single entries of a pattern, or ("layer",). Without "position"
+            a cell patches all positions.
+        layers: restricts the axis; all by default.
+        positions: likewise.
+        heads: likewise.
+        neurons: likewise.
         direction: "denoise" writes clean activations into the corrupted run, "noise" corrupted ones
             into the clean run.
         attention_mask: [b, t], one for both runs, padding on one or both ends.
@@ -155,15 +157,24 @@ def ablate(
         tokens: [b, t] int64 prompts (or [t]).
         metric: as in `sweep`.
         site: as in `sweep`.
-        value: "zero"; "mean", over all positions of `reference`; "mean-position", over its prompts at
-            the same position; "resample", the same position of another prompt drawn from it; or a
-            tensor, [w] or the width of one head.
+        value: "zero"; "mean", over all positions of `reference`; "mean-position", over its prompts
+            at the same position; "resample", the same position of another prompt drawn from it; or
+            a tensor, [w] or the width of one head.
         op: "replace"; "add" adds factor * value; "scale" multiplies by factor.
         factor: of op.
         reference: [s, t] prompts for the means and for resampling; `tokens` if None.
         seed: of resampling.
-        axes, layers, positions, heads, neurons, attention_mask, precision, memory, engine,
-            progress, resume: as in `sweep`.
+        axes: as in `sweep`, and so all that follows.
+        layers: restricts the axis.
+        positions: likewise.
+        heads: likewise.
+        neurons: likewise.
+        attention_mask: [b, t].
+        precision: "fp32" or "delta-bf16".
+        memory: bytes for the activations of patched rows.
+        engine: "auto", "native", "blocks" or "forwards".
+        progress: show a progress bar.
+        resume: a file to keep finished cells in.
 
     Returns:
         Sweep; `clean` is the metric of the untouched prompts, `corrupted` is empty.
@@ -172,8 +183,8 @@ def ablate(
         ArgumentError: no such value or op, or too few prompts to resample from.
         ShapeError, SiteError, NonFiniteError: as `sweep`.
 
-    Deterministic given the seed. Source: Wang et al. 2022, arXiv:2211.00593 (mean ablation); Chan et
-    al. 2022, causal scrubbing (resample ablation).
+    Deterministic given the seed. Source: Wang et al. 2022, arXiv:2211.00593 (mean ablation); Chan
+    et al. 2022, causal scrubbing (resample ablation).
 
     Example:
         >>> import torch, microtome as mt

@@ -66,7 +66,9 @@ def ablation_values(
                 "several prompts, or reference."
             )
             raise ArgumentError(msg)
-        shift = torch.randint(1 if own else 0, len(among), (b,), generator=generator(seed, "resample"))
+        shift = torch.randint(
+            1 if own else 0, len(among), (b,), generator=generator(seed, "resample")
+        )
         return Values("resample", held, among[(torch.arange(b) + shift) % len(among)])
     tokens = {place: kept.unflatten(0, (total, t))[among] for place, kept in held.items()}
     if value == "mean":

@@ -98,7 +98,7 @@ class Block:
         return (k if self.norm_k is None else self.norm_k(k)), v
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate queries or keys [T, h, d_head] to their positions [T]; the same x where nothing turns."""
+        """Rotate queries or keys [T, h, d_head] to their positions [T], if the model rotates."""
         if self.cos is None or self.sin is None:
             return x
         cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # [T, 1, r]

@@ -72,7 +72,7 @@ class Changes:
         return self.patch(layer, stage, held, rows.cut(), w, place, w.position, inside)
 
     def write(self, layer: int, stage: str, keys: Tensor, x: Tensor) -> Tensor:
-        """[T, w]: live tokens, known by their keys, with their writes; the same x where there are none."""
+        """[T, w]: live tokens, known by their keys, with their writes; x itself without any."""
         w = self.writes.get((layer, stage))
         if w is None or len(keys) == 0:
             return x

@@ -1,4 +1,4 @@
-"""Reading a known model into plain parts. Whether it was read right is verified against its output."""
+"""Reading a known model into plain parts; `runner` verifies them against the model's output."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def is_hooked(model: nn.Module) -> bool:
 
 
 def read_hooked(model: Any) -> Stack:
-    """The parts of a HookedTransformer; AttributeError or KeyError where it is built in another way."""
+    """The parts of a HookedTransformer; AttributeError or KeyError where one is missing."""
     cfg = model.cfg
     return Stack(
         blocks=tuple(_block(block, cfg) for block in model.blocks),

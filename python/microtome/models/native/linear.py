@@ -88,7 +88,7 @@ class Linear:
         return self._parts[low, high]
 
     def packed(self, kind: str) -> Tensor:
-        """The weights in the layout that `packed_linear` ("fp32") or `delta_linear` ("bf16") read."""
+        """The weights as `packed_linear` ("fp32") or `delta_linear` ("bf16") read them."""
         if self._whole is not None:
             whole, first, last = self._whole
             return whole.packed(kind)[first:last]

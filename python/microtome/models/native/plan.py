@@ -134,7 +134,7 @@ class Plan:
         return out.cpu()
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """[n] first (layer * stages + stage) that a row writes (-1: never) and its first position."""
+        """[n] first (layer * stages + stage) a row writes (-1: none), and its first position."""
         n, key = len(self.example), self.writes.layer * len(STAGES) + self.writes.stage
         big = int(key.max()) + 1 if len(key) else 1
         entry = torch.full((n,), big).scatter_reduce(0, self.writes.row, key, "amin")

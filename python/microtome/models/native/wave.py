@@ -291,6 +291,9 @@ class Wave:
         One row at a time: the pattern is formed, written to, and applied to the row's values.
 
         Args:
+            layer: which.
+            rows: all rows of the batch.
+            keep: the tokens that ask, or None for all.
             z: [T or kept, h * d_head], right for rows without such writes.
             own: queries of the kept tokens and keys and values of the rows; the base run's if None.
         """
@@ -352,7 +355,7 @@ class Wave:
         return kept.mid[rows.index] + self.mlp_of(block, kept, layer, rows, stage)
 
     def mlp_of(self, block: Block, kept: Layer, layer: int, rows: Rows, stage: str) -> Tensor:
-        """[T, d]: what the MLP adds to rows whose neurons and mlp_out are the base run's but for writes."""
+        """[T, d]: what the MLP adds to rows that changed nothing of it but by writes."""
         if stage == "mlp_out":
             return self.at.join(layer, "mlp_out", rows)
         assert block.mlp is not None
@@ -368,7 +371,7 @@ class Wave:
     def with_mlp(
         self, layer: int, rows: Rows, keep: Tensor, stream: Tensor
     ) -> tuple[Rows, Tensor, Tensor]:
-        """In a parallel block: rows that joined within attention, with the MLP they did not change."""
+        """In a parallel block: rows that joined within attention, and the MLP beside it."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         if block.mlp is None:
             return rows, keep, stream
