@@ -5,7 +5,9 @@ from microtome.testing.compare import (
     assert_accurate,
     backends_of,
     factor_of,
+    has_level,
     interpreted,
+    level_parameters,
     max_error,
     skip_if_interpreted,
 )
@@ -17,7 +19,9 @@ __all__ = [
     "assert_accurate",
     "backends_of",
     "factor_of",
+    "has_level",
     "interpreted",
+    "level_parameters",
     "max_error",
     "skip_if_interpreted",
 ]
