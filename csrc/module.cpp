@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "cpu/delta_linear.h"
 #include "cpu/pack_weights.h"
 #include "cpu/packed_linear.h"
 #include "cpu/sae_loss.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("sparse_decode_grad_values", &cpu::sparse_decode_grad_values, nogil);
     m.def("sparse_decode_grad_W_dec", &cpu::sparse_decode_grad_W_dec, nogil);
     m.def("pack_weights", &cpu::pack_weights, nogil);
+    m.def("delta_linear", &cpu::delta_linear, nogil);
     m.def("packed_linear", &cpu::packed_linear, nogil);
     m.def("sae_loss", &cpu::sae_loss, nogil);
 }

@@ -24,13 +24,19 @@ from benchmarks import (  # noqa: E402
     floors,
     harness,
     inputs,
+    linear,
     memory,
     plan,
     real_activations,
     render,
     run,
 )
-from benchmarks.ops import bench_sae_update, bench_topk_encode  # noqa: E402
+from benchmarks.ops import (  # noqa: E402
+    bench_delta_linear,
+    bench_packed_linear,
+    bench_sae_update,
+    bench_topk_encode,
+)
 
 from microtome.ops import sae_update, use_backend  # noqa: E402
 from microtome.ops.sae_update import UpdateRule  # noqa: E402
@@ -289,6 +295,28 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "floors": {"tiny": floors.allowed(CASE, limits)},
         "rows": rows,
     }
+
+
+@pytest.mark.parametrize("bench", [bench_packed_linear, bench_delta_linear])
+def test_products_are_checked_and_timed_beside_torch(bench, tmp_path, capsys):
+    words = ["--rows", "1", "20", "--shapes", "33x40", "--reps", "2", "--out", str(tmp_path)]
+    name = bench.__name__.removeprefix("benchmarks.ops.bench_")
+    assert linear.main(name, bench.prepare, words) == 0
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["T"], row["i"], row["o"]) for row in rows] == [(1, 33, 40), (20, 33, 40)]
+    assert rows[0]["contenders"][name]["ratio"] == 1.0
+    assert "torch bf16" in capsys.readouterr().out
+
+
+def test_a_wrong_product_is_failed_and_gets_no_time(monkeypatch, tmp_path):
+    right = bench_packed_linear.packed_linear
+    monkeypatch.setattr(bench_packed_linear, "packed_linear", lambda *a: right(*a) + 1e-3)
+    words = ["--rows", "3", "--shapes", "33x40", "--reps", "1", "--out", str(tmp_path)]
+    assert linear.main("packed_linear", bench_packed_linear.prepare, words) == 1
+    (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
+    assert row["status"] == "FAILED"
+    assert "contenders" not in row
 
 
 def test_tables_show_ratios_and_failures_and_readme_may_say_nothing_else():

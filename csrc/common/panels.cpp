@@ -11,6 +11,8 @@
 namespace microtome {
 namespace {
 
+constexpr int64_t kLeastWork = 1 << 18;  // multiply-adds that are worth a thread: a few microseconds
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many parts the rows are cut into; the panels are cut into threads / parts. The unit of cost is one row against
@@ -45,8 +47,9 @@ Buffer aligned(int64_t bytes) {
 void run_panels(const PanelProduct& p, const PanelKernels& kernels, int threads) {
     const int64_t panels = ceil_div(p.o, kPanelLanes);
     if (p.T == 0 || panels == 0) return;
-    const int64_t parts = row_parts(p.T, panels, kernels, std::max(threads, 1));
-    const int64_t columns = std::clamp<int64_t>(threads / parts, 1, panels);
+    const int64_t most = std::clamp<int64_t>(p.T * p.i * p.o / kLeastWork, 1, std::max(threads, 1));
+    const int64_t parts = row_parts(p.T, panels, kernels, most);
+    const int64_t columns = std::clamp<int64_t>(most / parts, 1, panels);
     const int64_t longest = std::min(p.T, ceil_div(ceil_div(p.T, kernels.granule), parts) * kernels.granule);
     // Half of a core's cache holds the packed rows that all its panels pass by.
     const int64_t row_bytes = kernels.row_bytes(p.i);

@@ -10,7 +10,7 @@ namespace {
 struct Float32 {
     static constexpr int64_t kRows = kTileRows, kGranule = 1, line_columns = 16;
     static int64_t row_bytes(int64_t i) { return (i + 15) / 16 * kLine; }
-    static int64_t panel_bytes(int64_t i) { return i * FloatPanel::kStep; }
+    static int64_t panel_bytes(int64_t i) { return i * kStep; }
     static void pack(char* line, const float* x, const float* base, int64_t n) {
         float* out = reinterpret_cast<float*>(line);
         for (int c = 0; c < 16; c += kWidth) store(out + c, difference(x + c, base ? base + c : nullptr, n - c));

@@ -7,26 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from microtome import _native
 from microtome.errors import ArgumentError, BackendError, DtypeError, NonFiniteError, ShapeError
 from microtome.ops import screen_weights, topk_encode, use_backend
 from microtome.ops.topk_encode import _encode, top_k
-from microtome.testing import CASES, Case, assert_accurate, backends_of
+from microtome.testing import CASES, Case, assert_accurate, backends_of, has_level, level_parameters
 
 BACKENDS = backends_of(_encode)
-LEVELS = _native.LEVELS
-
-
-def has_level(level):
-    return not _native.why_absent() and LEVELS.index(level) <= LEVELS.index(_native.isa())
-
-
-def level_parameters():
-    reason = "this processor has no {}"
-    return [
-        pytest.param(v, marks=[] if has_level(v) else pytest.mark.skip(reason=reason.format(v)))
-        for v in LEVELS
-    ]
 
 
 def assert_top_k(values, indices, z, k, slack):

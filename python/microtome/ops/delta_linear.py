@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
-from microtome.ops._registry import Op
+from microtome import _check, _native
+from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops.pack_weights import FLOATS, check_outputs, check_packed, unpack_weights
 
 
@@ -112,4 +112,60 @@ def _fake(
     return x.new_empty(x.shape[0], o)
 
 
-_delta = Op(delta_linear_reference, fake=_fake)
+def _cpu(
+    x: Tensor,
+    x_base: Tensor,
+    y_base: Tensor,
+    index: Tensor,
+    packed: Tensor,
+    o: int,
+    add: Tensor | None,
+) -> Tensor:
+    x, x_base, y_base, packed = *map(_native.rows, (x, x_base, y_base)), packed.contiguous()
+    add = None if add is None else _native.rows(add)
+    (T, i), r = x.shape, x_base.shape[0]
+    at = _native.int32(index, r)
+    y = torch.empty(T, o, dtype=x.dtype)
+    bad = _native.module().delta_linear(
+        x.data_ptr(),
+        x.stride(0),
+        x_base.data_ptr(),
+        x_base.stride(0),
+        y_base.data_ptr(),
+        y_base.stride(0),
+        at.data_ptr(),
+        packed.data_ptr(),
+        _native.address(add),
+        0 if add is None else add.stride(0),
+        y.data_ptr(),
+        T,
+        r,
+        i,
+        o,
+        _native.isa(),
+        _native.threads(),
+    )
+    if bad >= 0:
+        _check.index_range("delta_linear", index, r, "r")
+    return y
+
+
+def _why_not_cpu(
+    x: Tensor,
+    x_base: Tensor,
+    y_base: Tensor,
+    index: Tensor,
+    packed: Tensor,
+    o: int,
+    add: Tensor | None,
+) -> str | None:
+    if x_base.shape[0] >= 2**31:
+        return f"r={x_base.shape[0]} (has r below 2**31)"
+    return why_not_common("cpu", [x, x_base, y_base, index, add], (torch.float32,))
+
+
+_delta = Op(
+    delta_linear_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+)

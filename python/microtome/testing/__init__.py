@@ -11,7 +11,9 @@ from microtome.testing.compare import (
     assert_accurate,
     backends_of,
     factor_of,
+    has_level,
     interpreted,
+    level_parameters,
     max_error,
     skip_if_interpreted,
 )
@@ -27,7 +29,9 @@ __all__ = [
     "assert_accurate",
     "backends_of",
     "factor_of",
+    "has_level",
     "interpreted",
+    "level_parameters",
     "max_error",
     "skip_if_interpreted",
 ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from microtome import _native
 from microtome.ops import _registry
 
 _LUCK = 32  # entries
@@ -86,3 +87,25 @@ def backends_of(op: _registry.Op) -> list[object]:
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
         parameters.append(pytest.param(backend.name, marks=marks, id=backend.name))
     return parameters
+
+
+def has_level(level: str) -> bool:
+    """Whether the extension is there and this processor has an instruction-set level."""
+    if _native.why_absent() is not None:
+        return False
+    best = _native.module().isa_level("")
+    return _native.LEVELS.index(level) <= _native.LEVELS.index(best)
+
+
+def level_parameters(*levels: str) -> list[object]:
+    """Pytest parameters: the levels named, or all of them; those absent here are skipped."""
+    return [
+        pytest.param(
+            level,
+            marks=[]
+            if has_level(level)
+            else pytest.mark.skip(reason=f"this processor has no {level}"),
+            id=level,
+        )
+        for level in levels or _native.LEVELS
+    ]
