@@ -92,19 +92,25 @@ class Grid:
         axes: names, "layer" first.
         values: for each axis, what it runs over.
         op: as in OPS.
-        factor: of what is added or multiplied.
+        factors: of what is added or multiplied; more than one make an axis "factor", last, whose
+            values count them.
     """
 
     site: str
     axes: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     op: str = "replace"
-    factor: float = 1.0
+    factors: tuple[float, ...] = (1.0,)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Cells along each axis."""
         return tuple(len(v) for v in self.values)
+
+    @property
+    def labels(self) -> tuple[tuple[float, ...], ...]:
+        """What each axis runs over, factors by their value."""
+        return (*self.values[:-1], self.factors) if self.axes[-1] == "factor" else self.values
 
     @property
     def cells(self) -> int:
@@ -173,7 +179,7 @@ class Grid:
             hi,
             torch.full_like(row, code),
             source,
-            torch.full((len(row),), self.factor),
+            torch.tensor(self.factors)[where.get("factor", torch.zeros_like(cells))[cell]],
         )
         return out.select(counts)
 
@@ -187,8 +193,8 @@ def make_grid(
     positions: Sequence[int] | None,
     heads: Sequence[int] | None,
     neurons: Sequence[int] | None,
-    op: str,
-    factor: float,
+    op: str = "replace",
+    factor: float | Sequence[float] = 1.0,
 ) -> Grid:
     """A checked grid.
 
@@ -227,4 +233,11 @@ def make_grid(
             msg = f"sweep: {axis}s of {site!r} lie between 0 and {size - 1}, {what}."
             raise ArgumentError(msg)
         values.append(chosen)
-    return Grid(site, ("layer", *wanted), tuple(values), op, factor)
+    names: tuple[str, ...] = ("layer", *wanted)
+    if not isinstance(factor, Sequence):
+        return Grid(site, names, tuple(values), op, (float(factor),))
+    if not factor:
+        msg = "ablate: factor is an empty list. Name at least one."
+        raise ArgumentError(msg)
+    values.append(tuple(range(len(factor))))
+    return Grid(site, (*names, "factor"), tuple(values), op, tuple(float(f) for f in factor))

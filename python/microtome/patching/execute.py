@@ -41,41 +41,102 @@ class Engine(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
 
 
+class Cells(Protocol):
+    """Some cells, each a change of every base prompt."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def writes_a_cell(self) -> int: ...
+    def plan(self, cells: Tensor) -> Plan:
+        """Rows cells[i] * b + prompt, for cells [c] int64."""
+        ...
+
+    def describe(self) -> str:
+        """Tells these cells from others."""
+        ...
+
+
 @dataclass(frozen=True)
-class Job:
-    """What to run.
+class GridCells:
+    """The cells of a grid.
 
     Attributes:
         grid: the cells.
+        shape: of the run.
         values: layers -> where the written values come from.
+    """
+
+    grid: Grid
+    shape: Shape
+    values: Callable[[Sequence[int]], Values]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.grid.cells
+
+    @property
+    def writes_a_cell(self) -> int:
+        """At most."""
+        return self.grid.writes_a_cell(self.shape)
+
+    def plan(self, cells: Tensor) -> Plan:
+        """Their writes."""
+        layers = self.grid.coordinates(cells)["layer"].unique().tolist()
+        values = self.values(layers)
+        prompts = torch.arange(self.shape.b).repeat(len(cells))
+        return Plan(prompts, self.grid.writes(cells, self.shape, values), values.sources)
+
+    def describe(self) -> str:
+        """Site, axes and what is done there."""
+        grid = self.grid
+        return repr((grid.site, grid.axes, grid.values, grid.op, grid.factors))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run and how it is judged.
+
+    Attributes:
+        cells: the changes.
         metric: what is measured.
         base: "clean" or "corrupted", which prompts are patched.
         ablation: there are no other prompts.
     """
 
-    grid: Grid
-    values: Callable[[Sequence[int]], Values]
+    cells: Cells
     metric: Metric
     base: str
     ablation: bool = False
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers by cell.
+
+    Attributes:
+        scores: [cells, b].
+        written: [cells] int64, (prompt, position) writes that changed a bit.
+        clean, corrupted: [b], unpatched; corrupted is empty for an ablation.
+    """
+
+    scores: Tensor
+    written: Tensor
+    clean: Tensor
+    corrupted: Tensor
+
+
 def execute(
     op: str, engine: Engine, job: Job, *, memory: int, progress: bool, resume: str | Path | None
-) -> Sweep:
+) -> Outcome:
     """Run every cell; what is finished is kept in `resume`, if given.
 
     Raises:
-        SiteError: the model has no such site.
         StoreError: `resume` holds another sweep, or cannot be written.
+        NonFiniteError, ShapeError: as the metric.
     """
-    grid, shape, metric = job.grid, engine.shape, job.metric
-    if not engine.has(grid.site):
-        msg = (
-            f"{op}: the model has no {grid.site}: its attention and MLP read the same stream, or it "
-            "has no MLP. Choose another site."
-        )
-        raise SiteError(msg)
+    cells, shape, metric = job.cells, engine.shape, job.metric
     b = shape.b
     slots, columns = metric.slots(b, shape.stop), metric.columns(b, engine.vocabulary)
     prompts = torch.arange(b)
@@ -83,57 +144,65 @@ def execute(
     other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)
     clean, corrupted = (own, other) if job.base == "clean" else (other, own)
     reference = corrupted if metric.reference == "corrupted" else clean
-    scores = torch.empty(grid.cells, b, dtype=own.dtype)
-    written = torch.zeros(grid.cells, dtype=torch.int64)
-    size = _group(grid, shape, own, memory)
-    partial = Partial(resume, _fingerprint(engine, job), scores, written)
+    scores = torch.empty(cells.count, b, dtype=own.dtype)
+    written = torch.zeros(cells.count, dtype=torch.int64)
+    a_cell = 2 * own.numel() * own.element_size()
+    size = max(1, min(WRITES // max(1, cells.writes_a_cell), memory // max(1, a_cell)))
+    partial = Partial(resume, _fingerprint(engine, job) if resume else "", scores, written)
     done = partial.load()
-    with closing(_bar(op, grid.cells, progress)) as bar:
+    with closing(_bar(op, cells.count, progress)) as bar:
         bar.update(done)
-        for low in range(done, grid.cells, size):
-            cells = torch.arange(low, min(low + size, grid.cells))
-            layers = grid.coordinates(cells)["layer"].unique().tolist()
-            values = job.values(layers)
-            writes = grid.writes(cells, shape, values)
-            plan = Plan(prompts.repeat(len(cells)), writes, values.sources)
-            plan = engine.trimmed(plan)
-            written[cells] = torch.bincount(plan.writes.row // b, minlength=len(cells))
-            logits = own.expand(len(cells), *own.shape).clone()  # [cells, b, m, c]
+        for low in range(done, cells.count, size):
+            some = torch.arange(low, min(low + size, cells.count))
+            plan = engine.trimmed(cells.plan(some))
+            logits = own.expand(len(some), *own.shape).clone()  # [cells, b, m, c]
             for row, slot, new in engine.patched(plan, slots, columns):
                 logits[row // b, row % b, slot] = new
-            scores[cells] = metric(logits, reference).to(scores)
-            partial.save(int(cells[-1]) + 1)
-            bar.update(len(cells))
-    by_prompt = scores.unflatten(0, grid.shape)
+            scores[some] = metric(logits, reference).to(scores)
+            written[some] = torch.bincount(plan.writes.row // b, minlength=len(some))
+            partial.save(int(some[-1]) + 1)
+            bar.update(len(some))
+    unpatched = [metric(run[None], reference)[0] for run in (clean, corrupted)]
+    return Outcome(scores, written, unpatched[0], unpatched[1][: 0 if job.ablation else b])
+
+
+def sweep_of(
+    op: str, engine: Engine, grid: Grid, job: Job, *, memory: int, progress: bool,
+    resume: str | Path | None,
+) -> Sweep:  # fmt: skip
+    """Run the cells of a grid and lay the numbers out along its axes.
+
+    Raises:
+        SiteError: the model has no such site.
+    """
+    if not engine.has(grid.site):
+        msg = (
+            f"{op}: the model has no {grid.site}: its attention and MLP read the same stream, or "
+            "it has no MLP. Choose another site."
+        )
+        raise SiteError(msg)
+    found = execute(op, engine, job, memory=memory, progress=progress, resume=resume)
+    by_prompt = found.scores.unflatten(0, grid.shape)
     return Sweep(
         scores=by_prompt.mean(-1),
         by_prompt=by_prompt,
         axes=grid.axes,
-        values=grid.values,
+        values=grid.labels,
         site=grid.site,
-        metric=metric.name,
-        clean=metric(clean[None], reference)[0],
-        corrupted=clean.new_empty(0) if job.ablation else metric(corrupted[None], reference)[0],
+        metric=job.metric.name,
+        clean=found.clean,
+        corrupted=found.corrupted,
         base=job.base,
-        written=written.unflatten(0, grid.shape),
+        written=found.written.unflatten(0, grid.shape),
         engine=engine.name,
         note=engine.note,
     )
 
 
-def _group(grid: Grid, shape: Shape, logits: Tensor, memory: int) -> int:
-    """Cells at a time: bounded by their writes and by the logits that are read of them."""
-    a_cell = 2 * logits.numel() * logits.element_size()
-    fits = min(WRITES // max(1, grid.writes_a_cell(shape)), memory // max(1, a_cell))
-    return max(1, min(grid.cells, fits))
-
-
 def _fingerprint(engine: Engine, job: Job) -> str:
     """Tells one sweep from another."""
-    grid = job.grid
     digest = hashlib.sha256(engine.fingerprint())
-    parts = (grid.site, grid.axes, grid.values, grid.op, grid.factor, job.metric.name, job.base)
-    digest.update(repr(parts).encode())
+    digest.update(repr((job.cells.describe(), job.metric.name, job.base)).encode())
     for values in (job.metric.tokens, job.metric.positions):
         digest.update(b"" if values is None else values.numpy().tobytes())
     return digest.hexdigest()

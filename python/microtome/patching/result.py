@@ -39,7 +39,7 @@ class Sweep:
     scores: Tensor
     by_prompt: Tensor
     axes: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]
+    values: tuple[tuple[float, ...], ...]
     site: str
     metric: str
     clean: Tensor
@@ -130,7 +130,7 @@ class Sweep:
             axes.set_xlabel(self.axes[1])
             labels = [str(v) for v in self.values[1]]
             if tokens is not None and self.axes[1] == "position":
-                labels = [f"{tokens[v]} {v}" for v in self.values[1]]
+                labels = [f"{tokens[int(v)]} {v}" for v in self.values[1]]
             step = max(1, columns // 48)
             axes.set_xticks(range(0, columns, step), labels[::step], rotation=90, fontsize=7)
         else:

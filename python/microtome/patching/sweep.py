@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.patching.cells import make_grid
 from microtome.patching.engine import engine_for
-from microtome.patching.execute import Job, execute
+from microtome.patching.execute import GridCells, Job, sweep_of
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.prompts import one, pair
 from microtome.patching.result import Sweep
@@ -98,7 +99,7 @@ def sweep(
         >>> metric = mt.patching.logit_difference(11, 12)
         >>> found = mt.patching.sweep(ToyModel(), clean, corrupted, metric, progress=False)
         >>> found.scores.shape, int((found.written > 0).sum())
-        (torch.Size([4, 8]), 17)
+        (torch.Size([4, 8]), 16)
     """
     _check.one_of("sweep", "direction", direction, ("denoise", "noise"))
     clean, corrupted = pair("sweep", model, clean, corrupted, attention_mask)
@@ -115,16 +116,10 @@ def sweep(
         positions=positions,
         heads=heads,
         neurons=neurons,
-        op="replace",
-        factor=1.0,
     )
-    job = Job(
-        grid,
-        lambda layers: run_values(ready, grid, layers),
-        as_metric(metric),
-        "corrupted" if direction == "denoise" else "clean",
-    )
-    return execute("sweep", ready, job, memory=memory, progress=progress, resume=resume)
+    cells = GridCells(grid, shape, lambda layers: run_values(ready, grid, layers))
+    job = Job(cells, as_metric(metric), "corrupted" if direction == "denoise" else "clean")
+    return sweep_of("sweep", ready, grid, job, memory=memory, progress=progress, resume=resume)
 
 
 def ablate(
@@ -135,7 +130,7 @@ def ablate(
     *,
     value: str | Tensor = "zero",
     op: str = "replace",
-    factor: float = 1.0,
+    factor: float | Sequence[float] = 1.0,
     reference: Tensor | None = None,
     seed: int = 0,
     axes: Sequence[str] | None = None,
@@ -161,7 +156,7 @@ def ablate(
             at the same position; "resample", the same position of another prompt drawn from it; or
             a tensor, [w] or the width of one head.
         op: "replace"; "add" adds factor * value; "scale" multiplies by factor.
-        factor: of op.
+        factor: of op; a list of them makes an axis "factor", as in a sweep over coefficients.
         reference: [s, t] prompts for the means and for resampling; `tokens` if None.
         seed: of resampling.
         axes: as in `sweep`, and so all that follows.
@@ -221,11 +216,6 @@ def ablate(
         op=op,
         factor=factor,
     )
-    job = Job(
-        grid,
-        lambda layers: ablation_values(ready, grid, layers, value, seed=seed),
-        as_metric(metric),
-        "clean",
-        ablation=True,
-    )
-    return execute("ablate", ready, job, memory=memory, progress=progress, resume=resume)
+    values = partial(ablation_values, ready, grid, value=value, seed=seed)
+    job = Job(GridCells(grid, ready.shape, values), as_metric(metric), "clean", ablation=True)
+    return sweep_of("ablate", ready, grid, job, memory=memory, progress=progress, resume=resume)
