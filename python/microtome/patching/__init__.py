@@ -1,5 +1,6 @@
 """Activation patching: copy activations between runs, ablate them, and measure what changes."""
 
+from microtome.patching.listed import Pairs, pairs, patch
 from microtome.patching.metrics import (
     Metric,
     kl_divergence,
@@ -8,17 +9,24 @@ from microtome.patching.metrics import (
     loss,
     probability,
 )
+from microtome.patching.naive import Write, naive_sweep, run_patched
 from microtome.patching.result import Sweep
 from microtome.patching.sweep import ablate, sweep
 
 __all__ = [
     "Metric",
+    "Pairs",
     "Sweep",
+    "Write",
     "ablate",
     "kl_divergence",
     "log_probability",
     "logit_difference",
     "loss",
+    "naive_sweep",
+    "pairs",
+    "patch",
     "probability",
+    "run_patched",
     "sweep",
 ]

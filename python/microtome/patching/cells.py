@@ -179,7 +179,9 @@ class Grid:
             hi,
             torch.full_like(row, code),
             source,
-            torch.tensor(self.factors)[where.get("factor", torch.zeros_like(cells))[cell]],
+            torch.tensor(self.factors, dtype=torch.float64)[
+                where.get("factor", torch.zeros_like(cells))[cell]
+            ],
         )
         return out.select(counts)
 

@@ -36,7 +36,7 @@ class Writes:
         row, layer, stage, position, lo, hi: [m] int64; stage indexes STAGES.
         op: [m], REPLACE, ADD, ZERO or SCALE of `patch_rows`.
         source: [m], row of the sources of its (layer, stage); -1 for ZERO and SCALE.
-        factor: [m] float32.
+        factor: [m] float64.
     """
 
     row: Tensor

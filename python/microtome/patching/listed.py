@@ -1,0 +1,382 @@
+"""Cells given one by one: any writes together, and pairs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microtome import _check
+from microtome.errors import ArgumentError, ShapeError, SiteError
+from microtome.models.native.plan import STAGES, Plan, Sources, Writes
+from microtome.ops import ADD, REPLACE, SCALE, ZERO
+from microtome.patching.cells import HEADED, Shape, at_stage
+from microtome.patching.engine import engine_for
+from microtome.patching.execute import Engine, Job, execute
+from microtome.patching.metrics import Metric, as_metric
+from microtome.patching.naive import Write
+from microtome.patching.prompts import one, pair
+
+CODES = {"replace": REPLACE, "mean": REPLACE, "add": ADD, "zero": ZERO, "scale": SCALE}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What some writes do alone and two by two.
+
+    Attributes:
+        alone: [k], the metric with one write, mean over prompts.
+        together: [k, k], with two; the diagonal is `alone`.
+        unpatched: the metric without any.
+        metric: its name.
+
+    `interaction` near zero says that two effects add up; it does not follow that the two are
+    unconnected, since effects may also cancel elsewhere.
+    """
+
+    alone: Tensor
+    together: Tensor
+    unpatched: float
+    metric: str
+
+    @property
+    def interaction(self) -> Tensor:
+        """[k, k]: joint effect minus the sum of the single effects; zero on the diagonal."""
+        single = self.alone - self.unpatched
+        out = self.together - self.unpatched - single[:, None] - single[None, :]
+        return out.fill_diagonal_(0.0)
+
+
+@dataclass
+class _Rows:
+    """Columns of the tables of writes, as they are collected."""
+
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, **named: Tensor) -> None:
+        """One batch of equally long columns."""
+        for name, value in named.items():
+            self.columns.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True)
+class ListedCells:
+    """Cells as lists of `Write`.
+
+    Attributes:
+        engine: that will run them; prompts b ... of its run are the source prompts.
+        writes: of each cell.
+    """
+
+    engine: Engine
+    writes: Sequence[Sequence[Write]]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.writes)
+
+    @property
+    def writes_a_cell(self) -> int:
+        """At most."""
+        shape = self.engine.shape
+        return shape.b * shape.t * max((len(cell) for cell in self.writes), default=1)
+
+    def describe(self) -> str:
+        """The writes, values by their sums."""
+        plain = lambda w: (  # noqa: E731
+            w.site, w.positions, w.heads, str(w.units), w.op, w.factor,
+            None if w.value is None else float(torch.as_tensor(w.value).double().sum()),
+        )  # fmt: skip
+        return repr([[plain(write) for write in cell] for cell in self.writes])
+
+    def plan(self, cells: Tensor) -> Plan:
+        """Their writes, in the order given."""
+        shape = self.engine.shape
+        tables: dict[tuple[int, str], list[Tensor]] = {}
+        found = _Rows()
+        for i, cell in enumerate(cells.tolist()):
+            for write in self.writes[cell]:
+                self._add(write, i, tables, found)
+        names = ("row", "layer", "stage", "position", "lo", "hi", "op", "source", "factor")
+        if not found.columns:
+            empty = torch.zeros(0, dtype=torch.int64)
+            writes = Writes(*(empty for _ in names[:-1]), empty.double())
+        else:
+            writes = Writes(*(torch.cat(found.columns[name]) for name in names))
+        sources: Sources = {place: torch.cat(parts) for place, parts in tables.items()}
+        return Plan(torch.arange(shape.b).repeat(len(cells)), writes, sources)
+
+    def _add(
+        self, write: Write, cell: int, tables: dict[tuple[int, str], list[Tensor]], found: _Rows
+    ) -> None:
+        """The rows of one write of one cell."""
+        shape = self.engine.shape
+        site, layer = _place(write.site, self.engine)
+        place = at_stage(site, layer)
+        b, t = shape.b, shape.t
+        position = torch.arange(t)
+        if write.positions is not None:
+            _check.between("patch", "position", write.positions, -t, t - 1)
+            position = torch.tensor([write.positions % t])
+        prompt = torch.arange(b).repeat_interleave(len(position))
+        at = position.repeat(b)
+        counts = (at >= shape.first[prompt]) & (at < shape.stop[prompt])
+        code = CODES[write.op]
+        for lo, hi in _ranges(write, site, shape):
+            n = len(at)
+            source = torch.full((n,), -1)
+            if code in (REPLACE, ADD):
+                table = tables.setdefault(place, [self.engine.activation(*place)])
+                if write.reads_source and write.op != "mean":
+                    source = (prompt + b) * t + at
+                else:
+                    source = sum(len(part) for part in table) + torch.arange(n)
+                    table.append(self._values(write, place, site, (lo, hi), prompt, at, table[0]))
+            full = lambda value: torch.full((n,), value)  # noqa: B023, E731
+            rows = {
+                "row": cell * b + prompt,
+                "layer": full(place[0]),
+                "stage": full(STAGES.index(place[1])),
+                "position": at,
+                "lo": full(lo),
+                "hi": full(hi),
+                "op": full(code),
+                "source": source,
+                "factor": torch.full((n,), float(write.factor), dtype=torch.float64),
+            }
+            found.add(**{name: value[counts] for name, value in rows.items()})
+
+    def _values(
+        self,
+        write: Write,
+        place: tuple[int, str],
+        site: str,
+        columns: tuple[int, int],
+        prompt: Tensor,
+        at: Tensor,
+        like: Tensor,
+    ) -> Tensor:
+        """[n, w] rows that hold a given value, or the source's mean, in the columns written."""
+        shape = self.engine.shape
+        out = like.new_zeros(len(at), like.shape[1])
+        lo, hi = columns
+        if write.op == "mean":
+            held = like.unflatten(0, (-1, shape.t))[shape.b :]
+            out[:, lo:hi] = held.mean(0)[at][:, lo:hi]
+            return out
+        value = torch.as_tensor(write.value).to(like)
+        positions = shape.t if write.positions is None else 1
+        whole = torch.zeros(shape.b, positions, *_split(site, shape)).to(like)
+        index = (slice(None), slice(None), *_index(write, site))
+        whole[index] = _aligned(value, write, site, whole[index])
+        out[:, lo:hi] = whole.flatten(2).flatten(0, 1)[:, lo:hi]
+        return out
+
+
+def patch(
+    model: nn.Module,
+    base: Tensor,
+    source: Tensor | None,
+    metric: Metric | Callable[[Tensor], Tensor],
+    cells: Sequence[Sequence[Write]],
+    *,
+    attention_mask: Tensor | None = None,
+    precision: str = "fp32",
+    memory: int = 1 << 30,
+    engine: str = "auto",
+    progress: bool = False,
+) -> Tensor:
+    """Measure any patches: each cell is a list of writes that apply together.
+
+    Args:
+        model: as in `sweep`.
+        base: [b, t] int64, the run that is patched.
+        source: [b, t], the run that values come from, or None if no write reads it.
+        metric: as in `sweep`.
+        cells: the writes of each cell, at any sites and layers. A cell without writes is the base
+            run.
+        attention_mask: [b, t] of both runs.
+        precision: as in `sweep`, and so all that follows.
+        memory: bytes.
+        engine: "auto", "native", "blocks" or "forwards".
+        progress: show a progress bar.
+
+    Returns:
+        [cells, b], the numbers `naive_sweep` gives with one forward a cell.
+
+    Raises:
+        ArgumentError, ShapeError, SiteError, NonFiniteError: as `sweep` and `Write`.
+
+    Example:
+        >>> from microtome.models import ToyModel
+        >>> from microtome.patching import logit_difference
+        >>> base, source = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])
+        >>> both = [Write("z.0", heads=1), Write("z.2", heads=3, positions=-1)]
+        >>> patch(ToyModel(), base, source, logit_difference(7, 8), [both, []]).shape
+        torch.Size([2, 1])
+    """
+    job, ready = _job(
+        "patch", model, base, source, metric, cells, attention_mask, precision, memory, engine
+    )
+    return execute("patch", ready, job, memory=memory, progress=progress, resume=None).scores
+
+
+def pairs(
+    model: nn.Module,
+    clean: Tensor,
+    corrupted: Tensor,
+    metric: Metric | Callable[[Tensor], Tensor],
+    writes: Sequence[Write],
+    *,
+    direction: str = "denoise",
+    attention_mask: Tensor | None = None,
+    precision: str = "fp32",
+    memory: int = 1 << 30,
+    engine: str = "auto",
+    progress: bool = True,
+) -> Pairs:
+    """Patch some places alone and every two of them together.
+
+    Args:
+        model: as in `sweep`.
+        clean: [b, t] int64.
+        corrupted: [b, t].
+        metric: as in `sweep`.
+        writes: k places.
+        direction: as in `sweep`.
+        attention_mask: [b, t] of both runs.
+        precision: as in `sweep`, and so all that follows.
+        memory: bytes.
+        engine: "auto", "native", "blocks" or "forwards".
+        progress: show a progress bar, over k (k + 1) / 2 cells.
+
+    Returns:
+        Pairs.
+
+    Raises:
+        ArgumentError, ShapeError, SiteError, NonFiniteError: as `sweep`.
+    """
+    _check.one_of("pairs", "direction", direction, ("denoise", "noise"))
+    clean, corrupted = pair("pairs", model, clean, corrupted, attention_mask)
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    k = len(writes)
+    i, j = torch.triu_indices(k, k, 1)
+    cells: list[list[Write]] = [[write] for write in writes]
+    cells += [[writes[a], writes[c]] for a, c in zip(i.tolist(), j.tolist(), strict=True)]
+    job, ready = _job(
+        "pairs", model, base, source, metric, cells, attention_mask, precision, memory, engine
+    )
+    found = execute("pairs", ready, job, memory=memory, progress=progress, resume=None)
+    scores = found.scores.mean(1)
+    together = torch.diag(scores[:k])
+    together[i, j] = together[j, i] = scores[k:]
+    # `execute` calls the prompts that are patched clean when it is told of one set alone.
+    return Pairs(scores[:k], together, float(found.clean.mean()), job.metric.name)
+
+
+def _job(
+    op: str,
+    model: nn.Module,
+    base: Tensor,
+    source: Tensor | None,
+    metric: Metric | Callable[[Tensor], Tensor],
+    cells: Sequence[Sequence[Write]],
+    mask: Tensor | None,
+    precision: str,
+    memory: int,
+    engine: str,
+) -> tuple[Job, Engine]:
+    """Cells ready to run; the patched prompts go under the name "clean"."""
+    if source is None:
+        base = one(op, model, base, mask)
+        if any(write.reads_source for cell in cells for write in cell):
+            msg = f"{op}: a write reads the source run, got source=None. Pass source, or a value."
+            raise ArgumentError(msg)
+    else:
+        base, source = pair(op, model, base, source, mask)
+    other = base[:0] if source is None else source
+    ready = engine_for(op, model, base, other, mask, precision, memory, engine, "listed")
+    job = Job(ListedCells(ready, cells), as_metric(metric), "clean", ablation=source is None)
+    return job, ready
+
+
+def _place(name: str, engine: Engine) -> tuple[str, int]:
+    """Kind and layer of a site."""
+    kind, _, layer = name.partition(".")
+    layers = engine.shape.layers
+    if kind not in (*STAGES, "resid_post") or not layer.isdigit() or int(layer) >= layers:
+        has = ", ".join((*STAGES, "resid_post"))
+        msg = f"patch: no site {name!r}; there are {has}, each with a layer, .0 to .{layers - 1}."
+        raise SiteError(msg)
+    if not engine.has(kind):
+        msg = f"patch: the model has no {kind}. Choose another site."
+        raise SiteError(msg)
+    return kind, int(layer)
+
+
+def _split(site: str, shape: Shape) -> tuple[int, ...]:
+    """How the columns of a site are laid out: heads and units, or units."""
+    width, units = shape.width(site), shape.units(site)
+    return (units, width // units) if site in HEADED else (width,)
+
+
+def _index(write: Write, site: str) -> tuple[Any, ...]:
+    """What of one token's activation a write touches."""
+    units: Any = slice(None) if write.units is None else write.units
+    units = list(units) if isinstance(units, Sequence) else units
+    if site not in HEADED:
+        return (units,)
+    return (slice(None) if write.heads is None else write.heads, units)
+
+
+def _ranges(write: Write, site: str, shape: Shape) -> list[tuple[int, int]]:
+    """Runs of neighbouring columns that a write touches, in order."""
+    layout = _split(site, shape)
+    if write.heads is not None:
+        if site not in HEADED:
+            msg = f"patch: {write.site} has no heads, got heads={write.heads}. Leave heads out."
+            raise ArgumentError(msg)
+        _check.between("patch", "head", write.heads, 0, layout[0] - 1)
+    width = layout[-1]
+    if isinstance(write.units, int):
+        _check.between("patch", "unit", write.units, -width, width - 1)
+    try:
+        touched = torch.zeros(layout, dtype=torch.bool)
+        touched[_index(write, site)] = True
+    except IndexError as error:
+        msg = f"patch: units of {write.site} lie between 0 and {width - 1}, got {write.units}."
+        raise ArgumentError(msg) from error
+    at = touched.flatten().nonzero().flatten()
+    if len(at) == 0:
+        return []
+    breaks = (at.diff() != 1).nonzero().flatten() + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in at.tensor_split(breaks.tolist())]
+
+
+def _aligned(value: Tensor, write: Write, site: str, part: Tensor) -> Tensor:
+    """A value broadcast to [b, positions, heads, units], less the axes an int chose from.
+
+    Raises:
+        ShapeError: it does not broadcast.
+    """
+    shape = list(part.shape)  # [b, positions, ...]
+    if write.positions is not None:
+        shape.pop(1)
+    over_heads = site == "pattern" and write.positions is None and write.heads is None
+    if over_heads:  # [b, h, destination, source], as `capture` gives it
+        shape[1], shape[2] = shape[2], shape[1]
+    try:
+        value = value.expand(shape)
+    except RuntimeError:
+        msg = (
+            f"patch: the value for {write.site!r} must broadcast to {shape}, got shape "
+            f"{list(value.shape)}."
+        )
+        raise ShapeError(msg) from None
+    if over_heads:
+        value = value.transpose(1, 2)
+    return value.unsqueeze(1) if write.positions is not None else value
