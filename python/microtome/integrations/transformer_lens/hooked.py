@@ -20,6 +20,7 @@ from microtome.integrations.transformer_lens.hook_list import HookList
 from microtome.integrations.transformer_lens.hook_points import Hook, HookPoint, Named
 from microtome.integrations.transformer_lens.places import Places
 from microtome.models.capture import check_tokens
+from microtome.models.sites import Site
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -67,6 +68,11 @@ class HookedModel(HookList):
         self.tokenizer = tokenizer
         self._places = Places(model)
         super().__init__({name: HookPoint(name) for name in self._places.table})
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Full hook name -> the site of the plain model that it stands for."""
+        return self._places.table
 
     @property
     def cfg(self) -> plain.Config:
@@ -151,7 +157,9 @@ class HookedModel(HookList):
             input: as in `run_with_hooks`.
             return_cache_object: False gives a plain dict by full name.
             remove_batch_dim: drop the first axis of a batch of one row.
-            names_filter: a name, a list of names, a function that picks names, or None for all.
+            names_filter: a name, a list of names, a function that picks names, or None for all. To
+                keep a pattern the model has to compute attention in plain steps, which is slower
+                and rounds differently.
             device: where to keep the activations; None for the model's.
             stop_at_layer: as in `run_with_hooks`; keeps what lies before it.
             pos_slice: positions to keep: an int, a slice, a tuple (start, stop, step) or a list.

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import SiteError
 from microtome.integrations.transformer_lens import names, plain
@@ -70,7 +69,7 @@ class Places:
         for hook in hooks:
             at.setdefault(hook.name, []).append(hook)
         run = Run()
-        handles: list[RemovableHandle] = []
+        handles: list[Any] = []
         try:
             for name in sorted(at, key=self._turn):
                 visit = _visit(op, points.get(name) or HookPoint(name), at[name], run)
@@ -100,7 +99,7 @@ class Places:
             return 2
         return 0 if site.skip is None else 1
 
-    def _attach_stop(self, op: str, stop: int, run: Run) -> list[RemovableHandle]:
+    def _attach_stop(self, op: str, stop: int, run: Run) -> list[Any]:
         """Keep the stream before layer `stop` and end the forward there."""
         last = stop == len(self.blocks)
         name = f"blocks.{stop - 1}.hook_resid_post" if last else f"blocks.{stop}.hook_resid_pre"
