@@ -1,5 +1,6 @@
 """Activation patching: copy activations between runs, ablate them, and measure what changes."""
 
+from microtome.patching.features import sweep_error, sweep_features
 from microtome.patching.listed import Pairs, pairs, patch
 from microtome.patching.metrics import (
     Metric,
@@ -29,4 +30,6 @@ __all__ = [
     "probability",
     "run_patched",
     "sweep",
+    "sweep_error",
+    "sweep_features",
 ]
