@@ -1,4 +1,4 @@
-"""Reading a TransformerLens HookedTransformer into plain parts; the package is not imported."""
+"""Reading TransformerLens models into plain parts; the package is not imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microtome.models.native.block import Block, Map, Mlp, Stack
+from microtome.models.native.families import Rotation
 from microtome.models.native.linear import Linear
 
 _ACTIVATIONS: dict[str, Map] = {
@@ -18,19 +19,26 @@ _ACTIVATIONS: dict[str, Map] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "solu": lambda x: x * x.softmax(-1),
+    "solu_ln": lambda x: x * x.softmax(-1),
 }
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether a model is a HookedTransformer, known by its parts."""
+    """Whether a model is a HookedTransformer or a TransformerBridge, known by its parts."""
     return all(hasattr(model, name) for name in ("cfg", "blocks", "unembed", "hook_dict"))
 
 
-def read_hooked(model: Any) -> Stack:
-    """The parts of a HookedTransformer; AttributeError or KeyError where one is missing."""
+def read_hooked(model: Any, rotations: list[Rotation]) -> Stack:
+    """The parts of a TransformerLens model; AttributeError or KeyError where one is missing.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        rotations: what each block was called with; None where a block holds its own tables.
+    """
     cfg = model.cfg
     return Stack(
-        blocks=tuple(_block(block, cfg) for block in model.blocks),
+        blocks=tuple(_block(b, cfg, r) for b, r in zip(model.blocks, rotations, strict=True)),
         norm=model.ln_final if hasattr(model, "ln_final") else nn.Identity(),
         unembed=Linear(model.unembed.W_U.T, model.unembed.b_U),
         softcap=max(getattr(cfg, "output_logits_soft_cap", 0.0) or 0.0, 0.0),
@@ -38,15 +46,17 @@ def read_hooked(model: Any) -> Stack:
     )
 
 
-def _block(block: Any, cfg: Any) -> Block:
+def _block(block: Any, cfg: Any, rotation: Rotation) -> Block:
     attn = block.attn
+    if rotation is None and cfg.positional_embedding_type == "rotary":
+        rotation = attn.rotary_cos, attn.rotary_sin
+    cos, sin = rotation or (None, None)
     heads, d, width = attn.W_Q.shape
     W_K, W_V = (getattr(attn, f"_W_{x}", None) for x in "KV")  # the stored ones, where heads share
     b_K, b_V = (getattr(attn, f"_b_{x}", None) for x in "KV")
     W_K, W_V = (attn.W_K if W_K is None else W_K), (attn.W_V if W_V is None else W_V)
     b_K, b_V = (attn.b_K if b_K is None else b_K), (attn.b_V if b_V is None else b_V)
     weight = torch.cat([W.transpose(1, 2).reshape(-1, d) for W in (attn.W_Q, W_K, W_V)])
-    rotary = cfg.positional_embedding_type == "rotary"
     adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
     local = getattr(attn, "attn_type", "global") == "local"
     both = getattr(cfg, "use_normalization_before_and_after", False)
@@ -57,14 +67,14 @@ def _block(block: Any, cfg: Any) -> Block:
         heads=heads,
         kv_heads=W_K.shape[0],
         d_head=width,
-        scale=1.0 / float(attn.attn_scale),
+        scale=1.0 / float(getattr(attn, "attn_scale", width**0.5)),
         out=Linear(attn.W_O.reshape(-1, d).T, attn.b_O),
         norm2=None if mlp is None else _row_norm(block.ln2),
         mlp=mlp,
         norm_q=getattr(attn, "q_norm", None),
         norm_k=getattr(attn, "k_norm", None),
-        cos=attn.rotary_cos if rotary else None,
-        sin=attn.rotary_sin if rotary else None,
+        cos=cos,
+        sin=sin,
         interleaved=adjacent,
         softcap=max(getattr(cfg, "attn_scores_soft_cap", 0.0) or 0.0, 0.0),
         window=cfg.window_size if local else 0,
@@ -86,6 +96,9 @@ def _row_norm(norm: nn.Module) -> Map:
 
 def _mlp(mlp: Any, cfg: Any) -> Mlp:
     act = _ACTIVATIONS[cfg.act_fn]
+    if cfg.act_fn.endswith("_ln"):
+        inner, norm = act, _row_norm(mlp.ln)
+        act = lambda x: norm(inner(x))  # noqa: E731
     out = Linear(mlp.W_out.T, mlp.b_out)
     if cfg.gated_mlp:
         zero = mlp.b_in.new_zeros(mlp.b_in.shape)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microtome.errors import MicrotomeError
 from microtome.models.capture import Recorder, call
 from microtome.models.native.base import BaseRun, run_base
 from microtome.models.native.block import Stack
@@ -133,7 +134,7 @@ def _read(model: nn.Module, tokens: Tensor, first: Tensor) -> Runner | str:
         try:
             if is_hooked(model):
                 logits, rotations = _recorded(model, tokens, None, "blocks")
-                stack = read_hooked(model)
+                stack = read_hooked(model, rotations)
             else:
                 path = READERS[str(kind)][0]
                 logits, rotations = _recorded(
@@ -147,14 +148,15 @@ def _read(model: nn.Module, tokens: Tensor, first: Tensor) -> Runner | str:
                 differences=False,
             )
             mine = stack.logits(base.final).unflatten(0, base.shape)
-        except (AttributeError, KeyError, TypeError) as missing:
-            return f"its parts were not found where {kind or type(model).__name__} keeps them ({missing})"
+        except (AttributeError, KeyError, TypeError) as error:
+            return f"its parts were not found where {kind or 'such models'} keep them ({error})"
+        except (RuntimeError, MicrotomeError) as error:
+            return f"its parts do not fit together ({error})"
     counts = mask.bool().to(logits.device)
     apart = (mine - logits)[counts].abs().max() / logits[counts].abs().max().clamp_min(1e-30)
     if not float(apart) <= TOLERANCE[logits.dtype]:
-        return (
-            f"its parts give other logits than the model (off by {float(apart):.1e} of the largest)"
-        )
+        size = f"{float(apart):.1e} of the largest"
+        return f"its parts give other logits than the model does (off by {size})"
     return Runner(stack, float(apart))
 
 
