@@ -11,12 +11,15 @@ from microtome.patching.metrics import (
     probability,
 )
 from microtome.patching.naive import Write, naive_sweep, run_patched
+from microtome.patching.paths import Node, Paths, path_patch
 from microtome.patching.result import Sweep
 from microtome.patching.sweep import ablate, sweep
 
 __all__ = [
     "Metric",
+    "Node",
     "Pairs",
+    "Paths",
     "Sweep",
     "Write",
     "ablate",
@@ -27,6 +30,7 @@ __all__ = [
     "naive_sweep",
     "pairs",
     "patch",
+    "path_patch",
     "probability",
     "run_patched",
     "sweep",
