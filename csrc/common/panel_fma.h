@@ -31,20 +31,11 @@ struct FloatPanel {
     static inline vf multiply_add(vf x, vf w, vf sum) { return fma(x, w, sum); }
 };
 
-// Keeps the compiler from starting all rows at once, which would spill sums.
-inline void in_order(vf& a, vf& b) {
-#if defined(__AVX512F__)
-    asm volatile("" : "+v"(a), "+v"(b));
-#elif defined(__AVX2__)
-    asm volatile("" : "+x"(a), "+x"(b));
-#else
-    static_cast<void>(a), static_cast<void>(b);
-#endif
-}
-
 // `entries` entries of each row, four bytes each: sums [R][32] (one tile's columns of them) = or += the products.
+// A function of its own: inlined into a large one, gcc 12 kept the sums in memory, at half the speed.
 template <int R, class Panel>
-void multiply_block(const char* lines, const char* panel, int64_t entries, bool fresh, float* sums) {
+__attribute__((noinline)) void multiply_block(const char* lines, const char* panel, int64_t entries, bool fresh,
+                                              float* sums) {
     constexpr int kEntries = Panel::kEntries;
     vf s[R][2];
 #pragma GCC unroll 14
@@ -63,7 +54,12 @@ void multiply_block(const char* lines, const char* panel, int64_t entries, bool 
                     const vf a = set1(x[r * 16 + e]);
                     s[r][0] = Panel::multiply_add(a, left, s[r][0]);
                     s[r][1] = Panel::multiply_add(a, right, s[r][1]);
-                    in_order(s[r][0], s[r][1]);
+                    // Keeps the compiler from starting all rows at once, which would spill sums.
+#if defined(__AVX512F__)
+                    asm volatile("" : "+v"(s[r][0]), "+v"(s[r][1]));
+#elif defined(__AVX2__)
+                    asm volatile("" : "+x"(s[r][0]), "+x"(s[r][1]));
+#endif
                 }
             }
         }
