@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from microtome.patching.cells import Grid, Shape, Values
 from microtome.patching.metrics import Metric
 from microtome.patching.partial import Partial
 from microtome.patching.result import Sweep
+from microtome.patching.traced import BeyondError, Logits, reads_of
 
 WRITES = 1 << 18  # planned at a time
 
@@ -136,7 +137,43 @@ def execute(
         StoreError: `resume` holds another sweep, or cannot be written.
         NonFiniteError, ShapeError: as the metric.
     """
-    cells, shape, metric = job.cells, engine.shape, job.metric
+    if job.metric.whole:
+        with suppress(BeyondError):
+            return _execute(op, engine, job, _traced(engine, job), memory, progress, resume)
+    return _execute(op, engine, job, job.metric, memory, progress, resume)
+
+
+def _traced(engine: Engine, job: Job) -> Metric:
+    """A metric that takes all logits as one that takes what it reads of the unpatched run."""
+    b, t, vocabulary = engine.shape.b, engine.shape.t, engine.vocabulary
+    prompts = torch.arange(b)
+    like = engine.unpatched(prompts[:1], torch.zeros(1, 1).long(), torch.zeros(1, 1).long())
+
+    def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
+        columns = None if tokens is None else tokens.expand(b, -1)
+        return engine.unpatched(prompts, positions.expand(b, -1), columns)
+
+    measure = lambda logits: job.metric.measure(logits, logits)  # noqa: E731
+    reads = reads_of(measure, (b, t, vocabulary), like, fetch)
+
+    def measure_one(logits: Tensor, _: Tensor) -> Tensor:
+        return measure(Logits((b, t, vocabulary), logits, reads.table(logits)))
+
+    tokens = None if reads.tokens is None else reads.tokens[None]
+    return replace(job.metric, measure=measure_one, tokens=tokens, positions=reads.positions[None])
+
+
+def _execute(
+    op: str,
+    engine: Engine,
+    job: Job,
+    metric: Metric,
+    memory: int,
+    progress: bool,
+    resume: str | Path | None,
+) -> Outcome:
+    """`execute` with a metric that says what it reads."""
+    cells, shape = job.cells, engine.shape
     b = shape.b
     slots, columns = metric.slots(b, shape.stop), metric.columns(b, engine.vocabulary)
     prompts = torch.arange(b)

@@ -56,6 +56,8 @@ class Metric:
                 "Give one position, or one for each prompt."
             )
             raise ArgumentError(msg)
+        if self.whole:
+            return self.positions.expand(b, -1)  # read where they were read, padding or not
         at = torch.where(self.positions < 0, self.positions + stop[:, None], self.positions)
         if bool(((at < 0) | (at >= stop[:, None])).any()):
             msg = (
