@@ -175,7 +175,7 @@ def _execute(
     """`execute` with a metric that says what it reads."""
     cells, shape = job.cells, engine.shape
     b = shape.b
-    slots, columns = metric.slots(b, shape.stop), metric.columns(b, engine.vocabulary)
+    slots, columns = metric.slots(shape.stop, shape.t), metric.columns(b, engine.vocabulary)
     prompts = torch.arange(b)
     own = engine.unpatched(prompts, slots, columns)
     other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)

@@ -41,15 +41,16 @@ class Metric:
     reference: str = ""
     whole: bool = False
 
-    def slots(self, b: int, stop: Tensor) -> Tensor:
-        """[b, m] int64, the positions read of b prompts that end before position stop [b].
+    def slots(self, stop: Tensor, t: int) -> Tensor:
+        """[b, m] int64, the positions read of b prompts of t tokens that end before stop [b].
 
         Raises:
             ArgumentError: a position lies outside the prompts, or there are positions for another
                 number of prompts.
         """
+        b = len(stop)
         if self.positions is None:
-            return torch.arange(int(stop.max())).expand(b, -1)
+            return torch.arange(t).expand(b, -1)
         if self.positions.shape[0] not in (1, b):
             msg = (
                 f"{self.name}: positions for {self.positions.shape[0]} prompts, but there are {b}. "

@@ -1,10 +1,26 @@
-"""The one door to the fast path."""
+"""The one door to the fast path: a stock sweep as a plan for the native engine."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from microtome.integrations.transformer_lens import names
+from microtome.integrations.transformer_lens.hooked import HookedModel
 from microtome.integrations.transformer_lens.request import PatchRequest
+from microtome.integrations.transformer_lens.rows import say_once
+from microtome.models.native.plan import STAGES, Plan, Writes
+from microtome.models.native.runner import runner_of
+from microtome.ops import REPLACE
+from microtome.patching.cells import Shape, at_stage
+from microtome.patching.hooked import packed
+from microtome.patching.native import NativeEngine
+from microtome.patching.prompts import spans
+from microtome.patching.traced import BeyondError, Logits, Reads, reads_of
+
+MEMORY = 1 << 30
 
 
 def try_fast(request: PatchRequest) -> Tensor | None:
@@ -15,8 +31,157 @@ def try_fast(request: PatchRequest) -> Tensor | None:
 
     Returns:
         [cells, m], or [cells, m, b] if `request.metrics.per_example`, with the numbers of
-        `rows.run_rows`; or None if this sweep must go that way. Where the metric is the reason, the
-        user is told through `rows.say_once`.
+        `rows.run_rows`; or None if this sweep must go that way, which the user is told through
+        `rows.say_once`.
     """
-    del request
-    return None
+    kinds = {names.kind_of(hook) for hook in request.hooks.values()}
+    why = _why_not(request, kinds)
+    if why:
+        say_once(f"{request.op}: {why}")
+        return None
+    kind = kinds.pop()
+    model = request.model.model if isinstance(request.model, HookedModel) else request.model
+    first, stop = spans(request.op, request.tokens, request.attention_mask)
+    with torch.no_grad():
+        runner = runner_of(model, request.tokens, first.int())
+        if isinstance(runner, str):
+            say_once(f"{request.op}: {runner}")
+            return None
+        none = request.tokens[:0], torch.zeros(0, dtype=torch.int64)
+        engine = NativeEngine(
+            model,
+            runner,
+            request.tokens,
+            none[0],
+            (first, none[1]),
+            stop,
+            delta=False,
+            memory=MEMORY,
+        )
+        plan = _plan(request, kind, engine.shape)
+        if plan is None or not engine.has(kind):
+            return None
+        plan = plan.without_unchanged(_own(request, kind), engine.shape.t)
+        reads = _reads(request, engine)
+        try:
+            return _scores(request, engine, plan, reads)
+        except BeyondError:
+            every = Reads(torch.arange(engine.shape.t), None)
+            return _scores(request, engine, plan, every)
+
+
+def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
+    """Why a sweep must run as forwards, or an empty string."""
+    model: Any = request.model
+    if len(kinds) != 1 or None in kinds:
+        return f"activation {request.activation!r} is none that the fast path patches"
+    if isinstance(model, HookedModel):
+        return "the model carries hooks of its own" if model.carries_hooks() else ""
+    if any(point.fwd_hooks for point in model.hook_dict.values()):
+        return "the model carries hooks of its own"
+    if request.attention_mask is not None:
+        return "a TransformerLens model shifts positions by its attention_mask"
+    bridge = not hasattr(model, "W_E") or type(model).__name__ == "TransformerBridge"
+    if bridge and kinds == {"resid_mid"}:
+        return "a bridge's hook_resid_mid leaves the skip connection as it is"
+    return ""
+
+
+def _plan(request: PatchRequest, kind: str, shape: Shape) -> Plan | None:
+    """The writes of the cells, row cell * b + prompt; None where the clean run has other sizes."""
+    assert request.stock is not None
+    b, t = shape.b, shape.t
+    sources = {}
+    for layer, hook in request.hooks.items():
+        clean = request.clean[hook]
+        values = packed(kind, clean.expand(b, *clean.shape[1:]))
+        if values.shape[1] != shape.width(kind) or clean.dtype != _dtype(request):
+            return None
+        sources[at_stage(kind, layer)] = values
+    count = len(request.cells)
+    cells = torch.tensor(request.cells, dtype=torch.int64).reshape(count, -1)
+    where = {axis: cells[:, 1 + i] for i, (axis, _) in enumerate(request.stock.axes)}
+    dest = where.get("pos", where.get("dest_pos"))
+    rows = torch.arange(count * b)
+    if dest is None:
+        rows = rows.repeat_interleave(t)
+        position = torch.arange(t).repeat(count * b)
+    else:
+        position = dest.repeat_interleave(b)
+    cell, prompt = rows // b, rows % b
+    unit = shape.unit(kind)
+    lo, hi = torch.zeros_like(rows), torch.full_like(rows, shape.width(kind))
+    if "head" in where:
+        lo = where["head"][cell] * unit
+        hi = lo + unit
+    if "src_pos" in where:
+        lo = lo + where["src_pos"][cell]
+        hi = lo + 1
+    place = [at_stage(kind, layer) for layer in cells[:, 0].tolist()]
+    layer = torch.tensor([at for at, _ in place], dtype=torch.int64)[cell]
+    stage = STAGES.index(place[0][1] if place else "resid_pre")
+    full = lambda value: torch.full_like(rows, value)  # noqa: E731
+    writes = Writes(
+        rows, layer, full(stage), position, lo, hi, full(REPLACE), prompt * t + position,
+        torch.ones(len(rows), dtype=torch.float64),
+    )  # fmt: skip
+    counts = (position >= shape.first[prompt]) & (position < shape.stop[prompt])
+    return Plan(torch.arange(b).repeat(count), writes.select(counts), sources)
+
+
+def _dtype(request: PatchRequest) -> torch.dtype:
+    """The dtype of the model's weights."""
+    model: nn.Module = (
+        request.model.model if isinstance(request.model, HookedModel) else request.model
+    )
+    return next(model.parameters()).dtype
+
+
+def _own(request: PatchRequest, kind: str) -> Any:
+    """(layer, stage) -> the corrupted run's activations by the model's own forward.
+
+    A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
+    comparing with the same forward; the parts of the native engine round in another way.
+    """
+    rows = {} if request.attention_mask is None else {"attention_mask": request.attention_mask}
+    wanted = list(dict.fromkeys(request.hooks.values()))
+    _, cache = request.model.run_with_cache(
+        request.tokens, names_filter=lambda name: name in wanted, **rows
+    )
+    held = {at_stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
+    return lambda layer, stage: held[layer, stage]
+
+
+def _reads(request: PatchRequest, engine: NativeEngine) -> Reads:
+    """What the metrics read of the unpatched run."""
+    b, t = engine.shape.b, engine.shape.t
+    prompts = torch.arange(b)
+
+    def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
+        columns = None if tokens is None else tokens.expand(b, -1)
+        return engine.unpatched(prompts, positions.expand(b, -1), columns)
+
+    metric = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
+    return reads_of(metric, (b, t, engine.vocabulary), engine.run.final, fetch)
+
+
+def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads) -> Tensor:
+    """The metrics of every cell, from a table of the logits they read."""
+    b, t = engine.shape.b, engine.shape.t
+    slots = reads.positions.expand(b, -1)
+    columns = None if reads.tokens is None else reads.tokens.expand(b, -1)
+    own = engine.unpatched(torch.arange(b), slots, columns)
+    size = max(1, MEMORY // max(1, 2 * own.numel() * own.element_size()))
+    scores = []
+    for cells in torch.arange(len(request.cells)).split(size):
+        rows = (cells[:, None] * b + torch.arange(b)).flatten()
+        logits = own.expand(len(cells), *own.shape).clone()
+        for row, slot, new in engine.patched(plan.take(rows), slots, columns):
+            logits[row // b, row % b, slot] = new
+        for cell, some in zip(cells.tolist(), logits, strict=True):
+            lazy: Any = Logits((b, t, engine.vocabulary), own, reads.table(some))
+            scores.append(request.metrics(lazy, f"index {list(request.cells[cell])}"))
+    if scores:
+        return torch.stack(scores)
+    each = (len(request.metrics.by_name), b) if request.metrics.per_example else (1,)
+    return own.new_zeros(0, *each)

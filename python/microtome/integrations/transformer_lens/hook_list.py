@@ -25,6 +25,10 @@ class HookList:
         self._hooks: list[Hook] = []
         self._level = 0
 
+    def carries_hooks(self) -> bool:
+        """Whether a later run has hooks that were set here."""
+        return bool(self._hooks)
+
     @contextmanager
     def hooks(
         self,

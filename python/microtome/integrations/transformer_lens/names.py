@@ -97,6 +97,12 @@ def site_name(hook: str) -> str | None:
     return f"{_KINDS[match[2]]}.{match[1]}"
 
 
+def kind_of(hook: str) -> str | None:
+    """The kind of site of a hook name: "blocks.3.attn.hook_z" -> "z"; None for another name."""
+    site = site_name(hook)
+    return None if site is None else site.partition(".")[0]
+
+
 def layer_of(hook: str) -> int | None:
     """The block a hook name lies in, or None."""
     match = re.match(r"blocks\.(\d+)\.", hook)
