@@ -174,6 +174,24 @@ def call(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None) -> Any
     return model(tokens.to(place), **kwargs)
 
 
+def takes_mask(model: nn.Module) -> bool:
+    """Whether `call` may pass a model an attention mask."""
+    takes = inspect.signature(model.forward).parameters
+    return "attention_mask" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+
+
+def logits_of(op: str, model: nn.Module, out: Any) -> Tensor:
+    """The logits in what a model returned; ArgumentError where there are none."""
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        msg = (
+            f"{op}: {type(model).__name__} returns a {type(out).__name__} without logits. "
+            "Pass a model with a language-model head."
+        )
+        raise ArgumentError(msg)
+    return logits
+
+
 def check_tokens(
     op: str, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, batch_size: int
 ) -> None:

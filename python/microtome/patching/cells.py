@@ -117,6 +117,11 @@ class Grid:
         """How many there are."""
         return math.prod(self.shape)
 
+    def place(self, cell: int) -> str:
+        """Where a cell lies, in words."""
+        where = self.coordinates(torch.tensor([cell]))
+        return ", ".join(f"{axis} {int(value)}" for axis, value in where.items())
+
     def writes_a_cell(self, shape: Shape) -> int:
         """At most."""
         return shape.b * (1 if "position" in self.axes else shape.t)
@@ -187,6 +192,7 @@ class Grid:
 
 
 def make_grid(
+    caller: str,
     site: str,
     shape: Shape,
     *,
@@ -198,21 +204,15 @@ def make_grid(
     op: str = "replace",
     factor: float | Sequence[float] = 1.0,
 ) -> Grid:
-    """A checked grid.
+    """A checked grid; `caller` is the name for messages.
 
     Raises:
         ArgumentError: the site has no such axis, or an axis no such place.
     """
-    if site not in AXES:
-        msg = f"sweep: site must be one of {', '.join(map(repr, AXES))}, got {site!r}."
-        raise ArgumentError(msg)
-    if op not in OPS:
-        msg = f"sweep: op must be one of {', '.join(map(repr, OPS))}, got {op!r}."
-        raise ArgumentError(msg)
     wanted = tuple(a for a in axes if a != "layer") if axes is not None else AXES[site][0]
-    if set(wanted) not in [set(known) for known in AXES[site]]:
+    if sorted(wanted) not in [sorted(known) for known in AXES[site]]:
         has = "; ".join(", ".join(("layer", *known)) for known in AXES[site])
-        msg = f"sweep: site {site!r} is swept over one of: {has}. Got {', '.join(axes or ())}."
+        msg = f"{caller}: site {site!r} is swept over one of: {has}. Got {', '.join(axes or ())}."
         raise ArgumentError(msg)
     sizes = {
         "layer": (layers, shape.layers),
@@ -223,7 +223,10 @@ def make_grid(
     }
     for name, given in (("position", positions), ("head", heads), ("neuron", neurons)):
         if given is not None and name not in wanted:
-            msg = f"sweep: {name}s were chosen, but the axes are layer, {', '.join(wanted)}."
+            msg = (
+                f"{caller}: {name}s were chosen, but the axes are {', '.join(('layer', *wanted))}. "
+                f"Name {name!r} in axes."
+            )
             raise ArgumentError(msg)
     values = []
     for axis in ("layer", *wanted):
@@ -232,7 +235,7 @@ def make_grid(
         bad = [i for i in chosen if not 0 <= i < size]
         if bad or not chosen:
             what = f"got {bad[0]}" if bad else "none was given"
-            msg = f"sweep: {axis}s of {site!r} lie between 0 and {size - 1}, {what}."
+            msg = f"{caller}: {axis}s of {site!r} lie between 0 and {size - 1}, {what}."
             raise ArgumentError(msg)
         values.append(chosen)
     names: tuple[str, ...] = ("layer", *wanted)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from microtome import _check
-from microtome.errors import ArgumentError
+from microtome.errors import ArgumentError, SiteError
+from microtome.models.capture import takes_mask
 from microtome.models.native.runner import runner_of
 from microtome.patching.execute import Engine
 from microtome.patching.hooked import HookEngine
@@ -17,6 +19,7 @@ from microtome.patching.prompts import spans
 
 ENGINES = ("auto", "native", "blocks", "forwards")
 PRECISIONS = ("fp32", "delta-bf16")
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 
 def engine_for(
@@ -25,6 +28,8 @@ def engine_for(
     base: Tensor,
     source: Tensor,
     mask: Tensor | None,
+    *,
+    paired: bool,
     precision: str,
     memory: int,
     engine: str,
@@ -37,43 +42,79 @@ def engine_for(
         model: the model.
         base: [b, t] int64.
         source: [s, t] int64, s = 0 for none.
-        mask: [b, t] or None, of both.
+        mask: [b, t] or None, of `base`, and of `source` where `paired`.
+        paired: `source` has a prompt for each of `base`, padded alike.
         precision: "fp32" or "delta-bf16".
         memory: bytes.
         engine: one of ENGINES.
-        site: the kind of site, for messages.
+        site: the kind of site that is patched, or "" for several kinds, checked by the caller.
 
     Raises:
-        ArgumentError: an option is none of the above, or the demanded engine cannot run.
+        ArgumentError: an option is none of the above, the demanded engine cannot run, or there is
+            padding and the model takes no mask.
+        SiteError: the model has no such site, or no blocks.
     """
     _check.one_of(op, "engine", engine, ENGINES)
     _check.one_of(op, "precision", precision, PRECISIONS)
     _check.between(op, "memory", memory, 1 << 20, 1 << 50)
     first, stop = spans(op, base, mask)
-    sources = (
-        first if mask is not None and len(source) == len(base) else torch.zeros(len(source)).long()
-    )
+    if mask is not None and bool(mask.all()):
+        mask = None
+    hides = mask is None or takes_mask(model)
+    if not hides and bool((first > 0).any()):  # padding after a prompt is hidden by causality
+        raise ArgumentError(_no_mask(op, model))
+    sources = first if paired else torch.zeros(len(source)).long()
     delta = precision == "delta-bf16"
+    why = f"engine {engine!r} was asked for"
     if engine in ("auto", "native"):
         runner = runner_of(model, base, first.int())
         if not isinstance(runner, str):
-            return NativeEngine(
-                model, runner, base, source, (first, sources), stop, delta=delta, memory=memory
+            return _with_site(
+                op,
+                site,
+                NativeEngine(
+                    model, runner, base, source, (first, sources), stop, delta=delta, memory=memory
+                ),
             )
-        if engine == "native":
-            msg = f"{op}: engine 'native' cannot run this model: {runner}. Use engine='auto'."
-            raise ArgumentError(msg)
         why = runner
-    else:
-        why = f"engine {engine!r} was asked for"
+        if engine == "native":
+            msg = f"{op}: engine 'native' cannot run this model: {why}. Use engine='auto'."
+            raise ArgumentError(msg)
     if delta:
         msg = f"{op}: precision 'delta-bf16' needs the native engine, but {why}. Use 'fp32'."
         raise ArgumentError(msg)
+    if not hides:
+        raise ArgumentError(_no_mask(op, model))
     found = HookEngine(
-        op, model, base, source, (first, stop), mask, memory=memory, skip=engine != "forwards"
+        op,
+        model,
+        base,
+        source,
+        (first, stop),
+        mask,
+        paired=paired,
+        memory=memory,
+        skip=engine != "forwards",
     )
+    found = _with_site(op, site, found)
     found.note = why if not found.note else f"{why}; {found.note}"
     if engine == "auto":
         how = "block by block" if found.name == "blocks" else "by full forwards"
-        warnings.warn(f"{op}: {site} patches run {how}, since {found.note}.", stacklevel=4)
+        what = f"{site} patches" if site else "patches"
+        warnings.warn(f"{op}: {what} run {how}, since {found.note}.", stacklevel=3)
     return found
+
+
+def _with_site(op: str, site: str, engine: AnyEngine) -> AnyEngine:
+    """The engine, if its model has the site."""
+    if site and (why := engine.lacks(site)):
+        msg = f"{op}: {why}. Choose another site."
+        raise SiteError(msg)
+    return engine
+
+
+def _no_mask(op: str, model: nn.Module) -> str:
+    return (
+        f"{op}: {type(model).__name__}.forward takes no attention_mask, so it cannot leave padding "
+        "out. Pass prompts of one length without padding."
+    )

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from microtome.errors import SiteError
 from microtome.models.native.plan import Plan
 from microtome.patching.cells import Grid, Shape, Values
 from microtome.patching.metrics import Metric
@@ -21,6 +20,7 @@ from microtome.patching.result import Sweep
 from microtome.patching.traced import BeyondError, Logits, reads_of
 
 WRITES = 1 << 18  # planned at a time
+TOKENS = 1 << 16  # of whole prompts at a time: enough for products to run at full speed
 
 
 class Engine(Protocol):
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     @property
     def vocabulary(self) -> int: ...
-    def has(self, site: str) -> bool: ...
+    def lacks(self, site: str) -> str: ...
     def fingerprint(self) -> bytes: ...
     def activation(self, layer: int, stage: str) -> Tensor: ...
     def trimmed(self, plan: Plan) -> Plan: ...
@@ -55,6 +55,10 @@ class Cells(Protocol):
 
     def describe(self) -> str:
         """Tells these cells from others."""
+        ...
+
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
         ...
 
 
@@ -89,6 +93,10 @@ class GridCells:
         prompts = torch.arange(self.shape.b).repeat(len(cells))
         return Plan(prompts, self.grid.writes(cells, self.shape, values), values.sources)
 
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
+        return self.grid.place(cell)
+
     def describe(self) -> str:
         """Site, axes and what is done there."""
         grid = self.grid
@@ -104,12 +112,14 @@ class Job:
         metric: what is measured.
         base: "clean" or "corrupted", which prompts are patched.
         ablation: there are no other prompts.
+        about: what else tells these values from others, for `resume`.
     """
 
     cells: Cells
     metric: Metric
     base: str
     ablation: bool = False
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,14 +138,15 @@ class Outcome:
     corrupted: Tensor
 
 
+@torch.no_grad()
 def execute(
     op: str, engine: Engine, job: Job, *, memory: int, progress: bool, resume: str | Path | None
 ) -> Outcome:
     """Run every cell; what is finished is kept in `resume`, if given.
 
     Raises:
+        ShapeError, NonFiniteError: of the metric, on the unpatched runs before any patched one.
         StoreError: `resume` holds another sweep, or cannot be written.
-        NonFiniteError, ShapeError: as the metric.
     """
     if job.metric.whole:
         with suppress(BeyondError):
@@ -145,13 +156,16 @@ def execute(
 
 def _traced(engine: Engine, job: Job) -> Metric:
     """A metric that takes all logits as one that takes what it reads of the unpatched run."""
-    b, t, vocabulary = engine.shape.b, engine.shape.t, engine.vocabulary
-    prompts = torch.arange(b)
-    like = engine.unpatched(prompts[:1], torch.zeros(1, 1).long(), torch.zeros(1, 1).long())
+    shape = engine.shape
+    b, t, vocabulary = shape.b, shape.t, engine.vocabulary
+    prompts, zero = torch.arange(b), torch.zeros(1, 1, dtype=torch.int64)
+    like = engine.unpatched(prompts[:1], zero, zero)
 
     def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
-        columns = None if tokens is None else tokens.expand(b, -1)
-        return engine.unpatched(prompts, positions.expand(b, -1), columns)
+        slots = positions.expand(b, -1)
+        logits = engine.unpatched(prompts, slots, None if tokens is None else tokens.expand(b, -1))
+        logits[_padding(shape, slots).to(logits.device)] = torch.nan
+        return logits
 
     measure = lambda logits: job.metric.measure(logits, logits)  # noqa: E731
     reads = reads_of(measure, (b, t, vocabulary), like, fetch)
@@ -161,6 +175,11 @@ def _traced(engine: Engine, job: Job) -> Metric:
 
     tokens = None if reads.tokens is None else reads.tokens[None]
     return replace(job.metric, measure=measure_one, tokens=tokens, positions=reads.positions[None])
+
+
+def _padding(shape: Shape, slots: Tensor) -> Tensor:
+    """[b, m] bool, slots where a prompt has padding: what stands there is no prediction."""
+    return (slots < shape.first[:, None]) | (slots >= shape.stop[:, None])
 
 
 def _execute(
@@ -175,49 +194,65 @@ def _execute(
     """`execute` with a metric that says what it reads."""
     cells, shape = job.cells, engine.shape
     b = shape.b
-    slots, columns = metric.slots(shape.stop, shape.t), metric.columns(b, engine.vocabulary)
+    slots = metric.slots(shape.first, shape.stop, shape.t)
+    columns = metric.columns(b, engine.vocabulary)
     prompts = torch.arange(b)
     own = engine.unpatched(prompts, slots, columns)
     other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)
+    padding = _padding(shape, slots).to(own.device)
+    for logits in (own, other):
+        logits[padding] = torch.nan
     clean, corrupted = (own, other) if job.base == "clean" else (other, own)
     reference = corrupted if metric.reference == "corrupted" else clean
+    runs = (("clean", clean), ("corrupted", corrupted))[: 1 if job.ablation else 2]
+    unpatched = torch.stack(
+        [
+            metric(logits[None], reference, lambda _, name=name: f"of the unpatched {name} run")[0]
+            for name, logits in runs
+        ]
+    ).to(own)  # [1 or 2, b]
     scores = torch.empty(cells.count, b, dtype=own.dtype)
     written = torch.zeros(cells.count, dtype=torch.int64)
-    a_cell = 2 * own.numel() * own.element_size()
-    size = max(1, min(WRITES // max(1, cells.writes_a_cell), memory // max(1, a_cell)))
-    partial = Partial(resume, _fingerprint(engine, job) if resume else "", scores, written)
+    size = _group(cells, shape, own, memory)
+    mark = "" if resume is None else _fingerprint(engine, job)
+    partial = Partial(op, resume, mark, unpatched, scores, written)
     done = partial.load()
     with closing(_bar(op, cells.count, progress)) as bar:
         bar.update(done)
         for low in range(done, cells.count, size):
             some = torch.arange(low, min(low + size, cells.count))
             plan = engine.trimmed(cells.plan(some))
+            written[some] = torch.bincount(plan.writes.row // b, minlength=len(some))
             logits = own.expand(len(some), *own.shape).clone()  # [cells, b, m, c]
             for row, slot, new in engine.patched(plan, slots, columns):
                 logits[row // b, row % b, slot] = new
-            scores[some] = metric(logits, reference).to(scores)
-            written[some] = torch.bincount(plan.writes.row // b, minlength=len(some))
+            logits[:, padding] = torch.nan
+            where = lambda i, low=low: f"with the patch at {cells.place(low + i)}"  # noqa: E731
+            scores[some] = metric(logits, reference, where).to(scores)
             partial.save(int(some[-1]) + 1)
             bar.update(len(some))
-    unpatched = [metric(run[None], reference)[0] for run in (clean, corrupted)]
-    return Outcome(scores, written, unpatched[0], unpatched[1][: 0 if job.ablation else b])
+    return Outcome(scores, written, unpatched[0], unpatched[-1][: 0 if job.ablation else b])
+
+
+def _group(cells: Cells, shape: Shape, logits: Tensor, memory: int) -> int:
+    """Cells at a time: bounded by their writes, their tokens and the logits that are read of them.
+
+    A group is what an interruption loses, and a step of the progress bar.
+    """
+    a_cell = 2 * logits.numel() * logits.element_size()
+    fits = (
+        WRITES // max(1, cells.writes_a_cell),
+        TOKENS // (shape.b * shape.t),
+        memory // max(1, a_cell),
+    )
+    return max(1, min(cells.count, *fits))
 
 
 def sweep_of(
     op: str, engine: Engine, grid: Grid, job: Job, *, memory: int, progress: bool,
     resume: str | Path | None,
 ) -> Sweep:  # fmt: skip
-    """Run the cells of a grid and lay the numbers out along its axes.
-
-    Raises:
-        SiteError: the model has no such site.
-    """
-    if not engine.has(grid.site):
-        msg = (
-            f"{op}: the model has no {grid.site}: its attention and MLP read the same stream, or "
-            "it has no MLP. Choose another site."
-        )
-        raise SiteError(msg)
+    """Run the cells of a grid and lay the numbers out along its axes."""
     found = execute(op, engine, job, memory=memory, progress=progress, resume=resume)
     by_prompt = found.scores.unflatten(0, grid.shape)
     return Sweep(
@@ -237,10 +272,12 @@ def sweep_of(
 
 
 def _fingerprint(engine: Engine, job: Job) -> str:
-    """Tells one sweep from another."""
+    """Tells one sweep from another, but for what a metric measures: see `Partial`."""
+    shape, metric = engine.shape, job.metric
     digest = hashlib.sha256(engine.fingerprint())
-    digest.update(repr((job.cells.describe(), job.metric.name, job.base)).encode())
-    for values in (job.metric.tokens, job.metric.positions):
+    parts = (job.cells.describe(), metric.name, metric.reference, job.base, job.about)
+    digest.update(repr(parts).encode())
+    for values in (shape.first, shape.stop, metric.tokens, metric.positions):
         digest.update(b"" if values is None else values.numpy().tobytes())
     return digest.hexdigest()
 

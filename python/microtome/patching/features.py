@@ -34,7 +34,7 @@ class FeatureCells:
 
     Attributes:
         shape: of the run.
-        place: layer and stage of the activation.
+        at: layer and stage of the activation.
         features: ids, one a column of `change`.
         change: [b, t, features], a' - a.
         W_dec: [features, d].
@@ -42,7 +42,7 @@ class FeatureCells:
     """
 
     shape: Shape
-    place: tuple[int, str]
+    at: tuple[int, str]
     features: Tensor
     change: Tensor
     W_dec: Tensor
@@ -58,11 +58,18 @@ class FeatureCells:
         """At most."""
         return self.shape.b * (self.shape.t if self.positions is None else 1)
 
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
+        feature = f"feature {int(self.features[cell % len(self.features)])}"
+        if self.positions is None:
+            return feature
+        return f"{feature}, position {int(self.positions[cell // len(self.features)])}"
+
     def describe(self) -> str:
         """Place, features and what is done to them."""
         total = float(self.change.double().sum())
-        at = None if self.positions is None else self.positions.tolist()
-        return repr((self.place, self.features.tolist(), at, total))
+        positions = None if self.positions is None else self.positions.tolist()
+        return repr((self.at, self.features.tolist(), positions, total))
 
     def plan(self, cells: Tensor) -> Plan:
         """Their writes."""
@@ -77,12 +84,12 @@ class FeatureCells:
         prompt, feature = row % b, column[row // b]
         full = lambda value: torch.full_like(row, value)  # noqa: E731
         writes = Writes(
-            row, full(self.place[0]), full(STAGES.index(self.place[1])), position, full(0),
+            row, full(self.at[0]), full(STAGES.index(self.at[1])), position, full(0),
             full(self.W_dec.shape[1]), full(ADD), feature,
             self.change[prompt, position, feature].double().cpu(),
         )  # fmt: skip
         counts = (position >= self.shape.first[prompt]) & (position < self.shape.stop[prompt])
-        sources = {self.place: self.W_dec}
+        sources = {self.at: self.W_dec}
         return Plan(torch.arange(b).repeat(len(cells)), writes.select(counts), sources)
 
 
@@ -92,12 +99,12 @@ class ErrorCells:
 
     Attributes:
         shape: of the run.
-        place: layer and stage of the activation.
+        at: layer and stage of the activation.
         change: [b * t, d].
     """
 
     shape: Shape
-    place: tuple[int, str]
+    at: tuple[int, str]
     change: Tensor
 
     @property
@@ -110,9 +117,13 @@ class ErrorCells:
         """At most."""
         return self.shape.b
 
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
+        return f"position {cell}"
+
     def describe(self) -> str:
         """Place and what is added."""
-        return repr((self.place, float(self.change.double().sum())))
+        return repr((self.at, float(self.change.double().sum())))
 
     def plan(self, cells: Tensor) -> Plan:
         """Their writes."""
@@ -123,11 +134,11 @@ class ErrorCells:
         moved = self.change.ne(0).any(1).cpu()[token]
         full = lambda value: torch.full_like(row, value)  # noqa: E731
         writes = Writes(
-            row, full(self.place[0]), full(STAGES.index(self.place[1])), position, full(0),
+            row, full(self.at[0]), full(STAGES.index(self.at[1])), position, full(0),
             full(self.change.shape[1]), full(ADD), token, moved.double(),
         )  # fmt: skip
         counts = (position >= self.shape.first[prompt]) & (position < self.shape.stop[prompt])
-        return Plan(prompt, writes.select(counts), {self.place: self.change})
+        return Plan(prompt, writes.select(counts), {self.at: self.change})
 
 
 def sweep_features(
@@ -226,7 +237,7 @@ def sweep_features(
         shape, place, ids, change[..., ids], sae.W_dec.detach()[ids].to(x.dtype),
         chosen if by_position else None,
     )  # fmt: skip
-    job = Job(cells, as_metric(metric), base_name, ablation=corrupted is None)
+    job = Job(cells, as_metric("sweep_features", metric), base_name, ablation=corrupted is None)
     found = execute("sweep_features", ready, job, memory=memory, progress=progress, resume=resume)
     grid = (len(chosen), len(ids)) if by_position else (len(ids),)
     by_prompt = found.scores.unflatten(0, grid)
@@ -296,7 +307,7 @@ def sweep_error(
     with torch.no_grad():
         error = x - sae.decode(sae.encode(x)).to(x)
     own, other = error.split(shape.b * shape.t)
-    job = Job(ErrorCells(shape, place, other - own), as_metric(metric), base_name)
+    job = Job(ErrorCells(shape, place, other - own), as_metric("sweep_error", metric), base_name)
     found = execute("sweep_error", ready, job, memory=memory, progress=progress, resume=None)
     return Sweep(
         scores=found.scores.mean(-1),
@@ -348,9 +359,12 @@ def _ready(
         clean, corrupted = pair(op, model, clean, corrupted, mask)
         base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
         base_name = "corrupted" if direction == "denoise" else "clean"
-    ready = engine_for(op, model, base, source, mask, precision, memory, engine, at)
+    ready = engine_for(
+        op, model, base, source, mask, paired=corrupted is not None, precision=precision,
+        memory=memory, engine=engine, site=kind,
+    )  # fmt: skip
     layers = ready.shape.layers
-    if not layer.isdigit() or int(layer) >= layers or not ready.has(kind):
+    if not layer.isdigit() or int(layer) >= layers:
         msg = f"{op}: no site {at!r}; the model has {kind}.0 ... {kind}.{layers - 1}."
         raise SiteError(msg)
     place = at_stage(kind, int(layer))

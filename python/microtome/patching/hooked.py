@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import SiteError
-from microtome.models.capture import call, capture
+from microtome.models.capture import call, capture, evaluating, logits_of
 from microtome.models.families import family_of
 from microtome.models.native.plan import STAGES, Plan
+from microtome.models.native.weights import weights_key
 from microtome.models.sites import canonical
 from microtome.models.splice import splice
 from microtome.ops import patch_rows
@@ -33,12 +34,14 @@ class HookEngine:
         model: any nn.Module with a list of blocks.
         base, source: [b, t] and [s, t] int64.
         span: first and one past the last position that counts, each [b].
-        mask: [b, t] or None, of both.
+        mask: [b, t] or None, of `base`, and of `source` where `paired`.
+        paired: `source` has a prompt for each of `base`, padded alike.
         memory: bytes for the activations of a batch.
         skip: try to leave out the blocks below a patch.
 
     Raises:
         SiteError: the model has no list of blocks.
+        ArgumentError: it returns no logits.
     """
 
     def __init__(
@@ -50,18 +53,19 @@ class HookEngine:
         span: tuple[Tensor, Tensor],
         mask: Tensor | None,
         *,
+        paired: bool,
         memory: int,
         skip: bool,
     ) -> None:
         self.op, self.model, self.memory = op, model, memory
         self.tokens = torch.cat((base, source.to(base.device)))
-        same = mask is not None and len(source) == len(base)
         self.mask = mask
         if mask is not None:
-            self.mask = torch.cat((mask, mask if same else torch.ones_like(source).to(mask)))
+            self.mask = torch.cat((mask, mask if paired else torch.ones_like(source).to(mask)))
         self.path, self.blocks = find_blocks(op, model)
         self.known = set(canonical(op, model)) if family_of(model) is not None else set()
         self._held: dict[str, list[Tensor]] = {}
+        self.vocabulary = self._logits(torch.zeros(1).long()).shape[-1]
         self.shape = self._shape(len(base), span)
         self.note = ""
         self.name = "forwards"
@@ -69,14 +73,18 @@ class HookEngine:
             self.note = self._why_not_skip()
             self.name = "forwards" if self.note else "blocks"
 
-    @property
-    def vocabulary(self) -> int:
-        """Token ids the model knows."""
-        return int(self.unpatched(torch.zeros(1).long(), torch.zeros(1, 1).long(), None).shape[-1])
-
-    def has(self, site: str) -> bool:
-        """Whether the model has sites of this kind."""
-        return self._name(site, 0) is not None
+    def lacks(self, site: str) -> str:
+        """Why the model has no sites of this kind, or an empty string."""
+        if self._name(site, 0) is not None:
+            return ""
+        name = type(self.model).__name__
+        if not self.known:
+            return (
+                f"{name} is no architecture with a known {site}; of its blocks, {self.path}, "
+                "resid_pre and resid_post can be patched"
+            )
+        kinds = dict.fromkeys(known.partition(".")[0] for known in canonical(self.op, self.model))
+        return f"{name} has no {site}; it has {', '.join(kinds)}"
 
     def fingerprint(self) -> bytes:
         """Of the prompts and the weights."""
@@ -88,7 +96,13 @@ class HookEngine:
             layer, stage = layer - 1, "resid_post"
         if stage not in self._held:
             names = [self._site(stage, at) for at in range(self.shape.layers)]
-            found = capture(self.model, names, self.tokens, attention_mask=self.mask)
+            found = capture(
+                self.model,
+                names,
+                self.tokens,
+                attention_mask=self.mask,
+                batch_size=min(self._rows(), len(self.tokens)),
+            )
             self._held[stage] = [packed(stage, found[name]) for name in names]
         return self._held[stage][layer]
 
@@ -152,16 +166,14 @@ class HookEngine:
                     table = torch.stack((w.row, w.position, w.lo, w.hi, w.source, w.op), 1)
                     cut = torch.arange(len(x))[:, None] * torch.tensor([1, 0, 0])
                     cut[:, 2] = held.shape[1]
+                    exact = torch.promote_types(held.dtype, torch.float32)
                     s = held.new_empty(0, held.shape[2]) if s is None else s
                     new = patch_rows(
-                        held.float() if held.dtype != torch.float64 else held,
-                        s.to(held.dtype).float() if held.dtype != torch.float64 else s,
+                        held.to(exact),
+                        s.to(exact),
                         cut.int().to(x.device),
                         table.int().to(x.device),
-                        w.factor.to(
-                            x.device,
-                            torch.float64 if held.dtype == torch.float64 else torch.float32,
-                        ),
+                        w.factor.to(x.device, exact),
                     )
                     return unpacked(stage, new.to(x.dtype), x)
 
@@ -170,28 +182,25 @@ class HookEngine:
 
     def _logits(self, prompts: Tensor) -> Tensor:
         """[p, t, vocabulary] in eval mode, without gradients."""
-        mask = None if self.mask is None else self.mask[prompts]
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                out = call(self.model, self.tokens[prompts.to(self.tokens.device)], mask)
-        finally:
-            for module in training:
-                module.training = True
-        return out if isinstance(out, Tensor) else out.logits
+        mask = None if self.mask is None else self.mask[prompts.to(self.mask.device)]
+        with evaluating(self.model), torch.no_grad():
+            out = call(self.model, self.tokens[prompts.to(self.tokens.device)], mask)
+        return logits_of(self.op, self.model, out)
 
     @contextmanager
     def _skipped(self, start: int, stream: Tensor) -> Iterator[None]:
         """Blocks below `start` hand on the base run's stream instead of running."""
         below = list(self.blocks)[:start]
+        own = [block.__dict__.get("forward") for block in below]  # put there by somebody else
         try:
             for block in below:
                 block.forward = lambda *_, **__: stream if self._bare else (stream, *self._rest)
             yield
         finally:
-            for block in below:
+            for block, forward in zip(below, own, strict=True):
                 block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.forward = forward
 
     def _why_not_skip(self) -> str:
         """An empty string when blocks can be left out, after comparing with the model's output."""
@@ -209,9 +218,9 @@ class HookEngine:
             if any(part is not None for parts in rest for part in parts):
                 return "its blocks hand on more than the residual stream"
             self._rest = rest[0]
-        for start in {max(1, self.shape.layers // 2), self.shape.layers - 1} - {0}:
+        for start in range(1, self.shape.layers):
             stream = self.activation(start, "resid_pre").unflatten(0, (-1, self.shape.t))
-            with self._skipped(start, stream[:1]):
+            with self._skipped(start, stream[:1].clone()):  # a block may write into its input
                 again = self._logits(torch.zeros(1).long())
             apart = (again - plain).abs().max() / plain.abs().max().clamp_min(1e-30)
             if not float(apart) <= TOLERANCE:
@@ -223,7 +232,8 @@ class HookEngine:
 
     def _rows(self) -> int:
         """Rows in one forward, by the memory of a block's widest activation and the logits."""
-        floats = self.shape.t * (16 * self.shape.d + self.shape.heads * self.shape.t)
+        wide = 16 * self.shape.d + self.shape.heads * self.shape.t + self.vocabulary
+        floats = self.shape.t * wide
         return max(1, self.memory // (4 * max(1, floats) * 2))
 
     def _shape(self, b: int, span: tuple[Tensor, Tensor]) -> Shape:
@@ -258,10 +268,7 @@ class HookEngine:
 
     def _site(self, kind: str, layer: int) -> str:
         name = self._name(kind, layer)
-        if name is None:
-            has = "resid_pre, resid_post" if not self.known else "no such site"
-            msg = f"{self.op}: {type(self.model).__name__} has no {kind}.{layer} ({has})."
-            raise SiteError(msg)
+        assert name is not None  # `lacks` was asked
         return name
 
 
@@ -304,8 +311,9 @@ def unpacked(stage: str, new: Tensor, like: Tensor) -> Tensor:
 
 
 def chosen(logits: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
-    """[p, m, c] of [p, t, vocabulary]."""
+    """[p, m, c] of [p, t, vocabulary], in float32 at least."""
     at = logits[torch.arange(len(logits))[:, None], slots]
+    at = at.to(torch.promote_types(at.dtype, torch.float32))
     if columns is None:
         return at
     return at.gather(2, columns.to(at.device)[:, None].expand(-1, slots.shape[1], -1))
@@ -313,6 +321,4 @@ def chosen(logits: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
 
 def fingerprint(model: nn.Module, tokens: Tensor, name: str) -> bytes:
     """Bytes that another model, other weights or other prompts change."""
-    sums = [float(p.detach().double().sum()) for p in model.parameters()]
-    shapes = [tuple(p.shape) for p in model.parameters()]
-    return repr((name, tokens.tolist(), sums, shapes)).encode()
+    return repr((name, tokens.tolist())).encode() + weights_key(model)

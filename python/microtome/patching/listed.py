@@ -85,6 +85,10 @@ class ListedCells:
         shape = self.engine.shape
         return shape.b * shape.t * max((len(cell) for cell in self.writes), default=1)
 
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
+        return ", ".join(write.site for write in self.writes[cell]) or "no site"
+
     def describe(self) -> str:
         """The writes, values by their sums."""
         plain = lambda w: (  # noqa: E731
@@ -299,8 +303,11 @@ def _job(
     else:
         base, source = pair(op, model, base, source, mask)
     other = base[:0] if source is None else source
-    ready = engine_for(op, model, base, other, mask, precision, memory, engine, "listed")
-    job = Job(ListedCells(ready, cells), as_metric(metric), "clean", ablation=source is None)
+    ready = engine_for(
+        op, model, base, other, mask, paired=source is not None, precision=precision,
+        memory=memory, engine=engine, site="",
+    )  # fmt: skip
+    job = Job(ListedCells(ready, cells), as_metric(op, metric), "clean", ablation=source is None)
     return job, ready
 
 
@@ -312,8 +319,8 @@ def _place(name: str, engine: Engine) -> tuple[str, int]:
         has = ", ".join((*STAGES, "resid_post"))
         msg = f"patch: no site {name!r}; there are {has}, each with a layer, .0 to .{layers - 1}."
         raise SiteError(msg)
-    if not engine.has(kind):
-        msg = f"patch: the model has no {kind}. Choose another site."
+    if why := engine.lacks(kind):
+        msg = f"patch: {why}. Choose another site."
         raise SiteError(msg)
     return kind, int(layer)
 

@@ -31,7 +31,7 @@ class Metric:
         positions: [b or 1, m] int64, negative ones counted from the end of the prompt, or None for
             all.
         reference: "clean", "corrupted" or "" for none.
-        whole: `measure` takes one cell at a time, [b, t, vocabulary].
+        whole: `measure` takes one cell at a time, [b, t, vocabulary], NaN where there is padding.
     """
 
     name: str
@@ -41,14 +41,19 @@ class Metric:
     reference: str = ""
     whole: bool = False
 
-    def slots(self, stop: Tensor, t: int) -> Tensor:
-        """[b, m] int64, the positions read of b prompts of t tokens that end before stop [b].
+    def slots(self, first: Tensor, stop: Tensor, t: int) -> Tensor:
+        """[b, m] int64, the positions read of b prompts of t tokens.
+
+        Args:
+            first: [b], the first position of each prompt that counts.
+            stop: [b], one past the last.
+            t: tokens of a prompt, padding included.
 
         Raises:
-            ArgumentError: a position lies outside the prompts, or there are positions for another
-                number of prompts.
+            ArgumentError: a position is none of those, or there are positions for another number
+                of prompts.
         """
-        b = len(stop)
+        b = len(first)
         if self.positions is None:
             return torch.arange(t).expand(b, -1)
         if self.positions.shape[0] not in (1, b):
@@ -60,10 +65,14 @@ class Metric:
         if self.whole:
             return self.positions.expand(b, -1)  # read where they were read, padding or not
         at = torch.where(self.positions < 0, self.positions + stop[:, None], self.positions)
-        if bool(((at < 0) | (at >= stop[:, None])).any()):
+        outside = (at < first[:, None]) | (at >= stop[:, None])
+        if bool(outside.any()):
+            prompt, column = (int(i) for i in outside.nonzero()[0])
+            asked = int(self.positions.expand(b, -1)[prompt, column])
             msg = (
-                f"{self.name}: position {int(self.positions.flatten()[0])} lies outside a prompt "
-                f"of {int(stop.min())} tokens."
+                f"{self.name}: position {asked} lies outside prompt {prompt}, whose tokens stand "
+                f"at {int(first[prompt])} ... {int(stop[prompt]) - 1}. Negative positions count "
+                "from its end."
             )
             raise ArgumentError(msg)
         return at
@@ -89,12 +98,15 @@ class Metric:
             raise ArgumentError(msg)
         return self.tokens.expand(b, -1)
 
-    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+    def __call__(
+        self, logits: Tensor, reference: Tensor, where: Callable[[int], str] = "of cell {}".format
+    ) -> Tensor:
         """Measure, and check what came.
 
         Args:
             logits: [cells, b, m, c].
             reference: [b, m, c].
+            where: what a cell is called in a message.
 
         Returns:
             [cells, b] float32 or float64.
@@ -103,30 +115,31 @@ class Metric:
             ShapeError: the metric did not return a number for each prompt.
             NonFiniteError: it returned NaN.
         """
+        cells, b = logits.shape[:2]
         if self.whole:
-            out = torch.stack([self._one(cell) for cell in logits])
+            out = torch.stack([self._checked(self.measure(cell, cell), (b,)) for cell in logits])
         else:
-            out = self.measure(logits, reference)
+            out = self._checked(self.measure(logits, reference), (cells, b))
         if bool(out.isnan().any()):
             cell, prompt = (int(i) for i in out.isnan().nonzero()[0])
             msg = (
-                f"{self.name}: the metric is NaN for prompt {prompt} (patch {cell} of its batch). "
-                "Check it on the unpatched logits; log(0) and 0/0 are the usual causes."
+                f"{self.name}: the metric is NaN for prompt {prompt} {where(cell)}. Usual causes: "
+                "log(0), 0/0, or reading positions that attention_mask leaves out: logits are NaN "
+                "there."
             )
             raise NonFiniteError(msg)
         return out
 
-    def _one(self, logits: Tensor) -> Tensor:
-        out: Any = self.measure(logits, logits)
-        b = logits.shape[0]
-        if not isinstance(out, Tensor):
-            out = torch.as_tensor(out)
-        if b == 1 and out.numel() == 1:
-            return out.reshape(1)
-        if out.shape != (b,):
+    def _checked(self, out: Any, wanted: tuple[int, ...]) -> Tensor:
+        """What `measure` returned, if it is one number for each prompt."""
+        b = wanted[-1]
+        if b == 1 and self.whole and (not isinstance(out, Tensor) or out.numel() == 1):
+            return torch.as_tensor(out).reshape(1)
+        if not isinstance(out, Tensor) or out.shape != wanted:
+            got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             msg = (
-                f"{self.name}: the metric must return one number for each of {b} prompts, [{b}], "
-                f"got shape {list(out.shape)}. Do not average over prompts; the sweep does."
+                f"{self.name}: the metric must return one number for each of {b} prompts, "
+                f"{list(wanted)}, got {got}. Do not average over prompts; the sweep does."
             )
             raise ShapeError(msg)
         return out
@@ -184,17 +197,27 @@ def loss(targets: Tensor) -> Metric:
 
     Args:
         targets: [b, t] int64, the prompt's own tokens: position i is judged by targets[:, i + 1].
+            A negative target, such as -100, is not judged: give it where there is padding.
     """
 
     def measure(logits: Tensor, _: Tensor) -> Tensor:
-        wanted = targets[:, 1 : logits.shape[-2]].to(logits.device)
+        if targets.shape != logits.shape[-3:-1]:
+            msg = (
+                f"loss: targets must be the prompts' tokens, {list(logits.shape[-3:-1])}, got "
+                f"shape {list(targets.shape)}."
+            )
+            raise ShapeError(msg)
+        wanted = targets[:, 1:].to(logits.device)
+        judged = wanted >= 0
         logp = logits[..., :-1, :].log_softmax(-1)
-        return -logp.gather(-1, wanted.expand(*logp.shape[:-2], -1)[..., None])[..., 0].mean(-1)
+        index = wanted.clamp_min(0).expand(*logp.shape[:-2], -1)[..., None]
+        lost = -logp.gather(-1, index)[..., 0]
+        return torch.where(judged, lost, 0.0).sum(-1) / judged.sum(-1)
 
     return Metric("loss", measure)
 
 
-def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
+def as_metric(op: str, metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
     """A Metric as it is; any other callable as one that reads all logits, a cell at a time.
 
     Raises:
@@ -204,7 +227,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
         return metric
     if not callable(metric):
         msg = (
-            f"patching: metric must be a microtome.patching metric or a callable that maps logits "
+            f"{op}: metric must be a microtome.patching metric or a callable that maps logits "
             f"[b, t, vocabulary] to [b], got {type(metric).__name__}."
         )
         raise ArgumentError(msg)
@@ -219,12 +242,10 @@ def _of_token(
     ids = _ids(name, token)
 
     def measure(logits: Tensor, _: Tensor) -> Tensor:
+        Metric(name, measure, ids).columns(logits.shape[-3], logits.shape[-1])  # checks them
         logp = logits[..., 0, :].log_softmax(-1)  # [..., b, vocabulary]
-        wanted = ids.to(logits.device).expand(logp.shape[-2], 1)
-        if int(ids.max()) >= logp.shape[-1] or int(ids.min()) < 0:
-            msg = f"{name}: token {int(ids.max())} is not in the vocabulary of {logp.shape[-1]}."
-            raise ArgumentError(msg)
-        return of(logp.gather(-1, wanted.expand(*logp.shape[:-1], 1))[..., 0])
+        wanted = ids.to(logits.device).expand(*logp.shape[:-1], 1)
+        return of(logp.gather(-1, wanted)[..., 0])
 
     return Metric(name, measure, None, _positions(position))
 
@@ -235,9 +256,9 @@ def _ids(name: str, tokens: Tokens) -> Tensor:
     if out.is_floating_point() or out.dim() > 1 or out.numel() == 0:
         msg = f"{name}: tokens must be an id or a list of ids, got {tokens!r}."
         raise ArgumentError(msg)
-    return out.long().reshape(-1, 1)
+    return out.long().cpu().reshape(-1, 1)
 
 
 def _positions(position: int | Tensor) -> Tensor:
     """[n, 1] int64."""
-    return torch.as_tensor(position).long().reshape(-1, 1)
+    return torch.as_tensor(position).long().cpu().reshape(-1, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError
 from microtome.models import capture, splice
-from microtome.models.capture import call, check_tokens, evaluating
+from microtome.models.capture import call, check_tokens, evaluating, logits_of
 from microtome.models.sites import Site, resolve
 
 OPS = ("replace", "add", "zero", "scale", "mean")
@@ -108,14 +108,7 @@ def run_patched(
         for site, function in patches:
             stack.enter_context(splice(model, site, function))
         out = call(model, tokens, attention_mask)
-    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, Tensor):
-        msg = (
-            f"run_patched: {type(model).__name__} returns a {type(out).__name__} without logits. "
-            "Pass a model with a language-model head."
-        )
-        raise ArgumentError(msg)
-    return logits
+    return logits_of("run_patched", model, out)
 
 
 def naive_sweep(

@@ -62,12 +62,17 @@ class NativeEngine:
         """Token ids the model knows."""
         return self.runner.stack.unembed.out_features
 
-    def has(self, site: str) -> bool:
-        """Whether the model has sites of this kind."""
-        block = self.runner.stack.blocks[0]
-        if site in ("neurons", "mlp_out"):
-            return block.mlp is not None
-        return site != "resid_mid" or not block.parallel
+    def lacks(self, site: str) -> str:
+        """Why the model has no sites of this kind, or an empty string."""
+        block, name = self.runner.stack.blocks[0], type(self.model).__name__
+        if site in ("neurons", "mlp_out") and block.mlp is None:
+            return f"{name} has no {site}: its blocks are attention alone"
+        if site == "resid_mid" and block.parallel:
+            return (
+                f"{name} has no resid_mid: its attention and MLP run in parallel, so no stream "
+                "lies between them"
+            )
+        return ""
 
     def fingerprint(self) -> bytes:
         """Of the prompts, the weights and the precision."""
@@ -106,7 +111,9 @@ class NativeEngine:
         slot = torch.full((b, t), -1, dtype=torch.int64)
         slot.scatter_(1, slots, torch.arange(slots.shape[1]).expand(b, -1).contiguous())
         readout = torch.zeros(self.run.shape, dtype=torch.bool)
-        readout[:b] = slot >= 0
+        position = torch.arange(t)
+        counts = (position >= self.shape.first[:, None]) & (position < self.shape.stop[:, None])
+        readout[:b] = (slot >= 0) & counts
         waves = self.runner.waves(self.run, plan, readout, delta=self.delta, memory=self.memory)
         for rows, final in waves:
             row = rows[final.row.cpu()]

@@ -144,8 +144,9 @@ def path_patch(
     clean, corrupted = pair("path_patch", model, clean, corrupted, attention_mask)
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     engine = engine_for(
-        "path_patch", model, base, source, attention_mask, precision, memory, "native", "path"
-    )
+        "path_patch", model, base, source, attention_mask, paired=True, precision=precision,
+        memory=memory, engine="native", site="",
+    )  # fmt: skip
     assert isinstance(engine, NativeEngine)
     groups = tuple((r,) if isinstance(r, Node) else tuple(r) for r in receivers)
     for nodes, allowed, what in (
@@ -159,7 +160,7 @@ def path_patch(
             _check_node(node, allowed, what, engine)
     cells = PathCells(engine, tuple(senders), groups, freeze_mlps)
     base_name = "corrupted" if direction == "denoise" else "clean"
-    job = Job(cells, as_metric(metric), base_name)
+    job = Job(cells, as_metric("path_patch", metric), base_name)
     found = execute("path_patch", engine, job, memory=memory, progress=progress, resume=None)
     grid = (len(groups), len(senders))
     by_prompt = found.scores.unflatten(0, grid).transpose(0, 1)
@@ -203,6 +204,11 @@ class PathCells:
         nodes = max(len(group) for group in self.receivers)
         shape = self.engine.shape
         return nodes * shape.b * shape.t * max(1, (shape.d_mlp or shape.d) // 64)
+
+    def place(self, cell: int) -> str:
+        """Where a cell lies, for messages."""
+        receivers = self.receivers[cell // len(self.senders)]
+        return f"{self.senders[cell % len(self.senders)]} -> {', '.join(map(str, receivers))}"
 
     def describe(self) -> str:
         """The nodes."""
@@ -333,7 +339,7 @@ def _check_node(node: Node, allowed: Sequence[str], what: str, engine: NativeEng
         return
     shape = engine.shape
     _check.between("path_patch", f"{what}'s layer", node.layer, 0, shape.layers - 1)
-    if node.site in ("mlp", "mlp_out") and not engine.has("mlp_out"):
+    if node.site in ("mlp", "mlp_out") and engine.lacks("mlp_out"):
         msg = f"path_patch: {what} {node} is an MLP, and the model has none."
         raise ArgumentError(msg)
     if node.head is not None:

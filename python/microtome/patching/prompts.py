@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from microtome import _check
 from microtome.errors import ArgumentError, ShapeError
 from microtome.models.capture import check_tokens
 
@@ -40,6 +41,7 @@ def one(op: str, model: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tenso
     if isinstance(tokens, Tensor) and tokens.dim() == 1:
         tokens = tokens[None]
     check_tokens(op, model, tokens, mask, 1)
+    _check.shapes(op, tokens=(tokens, "b t"), attention_mask=(mask, "b t"))
     return tokens
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from microtome.errors import ArgumentError, PackageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """Metric by cell. It keeps no model, hook or cache.
 
@@ -132,10 +132,13 @@ class Sweep:
             if tokens is not None and self.axes[1] == "position":
                 labels = [f"{tokens[int(v)]} {v}" for v in self.values[1]]
             step = max(1, columns // 48)
-            axes.set_xticks(range(0, columns, step), labels[::step], rotation=90, fontsize=7)
+            axes.set_xticks(
+                range(0, columns, step), labels[::step], rotation=90, fontsize=7, parse_math=False
+            )
         else:
             axes.set_xticks([])
-        verb = {"corrupted": "clean into corrupted", "clean": "into clean"}[self.base]
+        verb = "clean into corrupted" if self.base == "corrupted" else "corrupted into clean"
+        verb = verb if self.corrupted.numel() else "ablated"
         axes.set_title(f"{self.site}, {verb}: change of {self.metric}", fontsize=9)
         figure.colorbar(image, ax=axes, fraction=0.05)
         figure.tight_layout()

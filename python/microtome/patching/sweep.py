@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from microtome import _check
 from microtome.errors import ArgumentError
-from microtome.patching.cells import make_grid
+from microtome.patching.cells import AXES, make_grid
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import GridCells, Job, sweep_of
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.prompts import one, pair
 from microtome.patching.result import Sweep
-from microtome.patching.values import ablation_values, run_values
+from microtome.patching.values import ablation_values, check_operation, run_values
 
 MEMORY = 1 << 30
-PRECISIONS = ("fp32", "delta-bf16")
 
 
 def sweep(
@@ -102,23 +101,34 @@ def sweep(
         (torch.Size([4, 8]), 16)
     """
     _check.one_of("sweep", "direction", direction, ("denoise", "noise"))
+    _check.one_of("sweep", "site", site, tuple(AXES))
+    metric = as_metric("sweep", metric)
     clean, corrupted = pair("sweep", model, clean, corrupted, attention_mask)
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     ready = engine_for(
-        "sweep", model, base, source, attention_mask, precision, memory, engine, site
+        "sweep",
+        model,
+        base,
+        source,
+        attention_mask,
+        paired=True,
+        precision=precision,
+        memory=memory,
+        engine=engine,
+        site=site,
     )
-    shape = ready.shape
     grid = make_grid(
+        "sweep",
         site,
-        shape,
+        ready.shape,
         axes=axes,
         layers=layers,
         positions=positions,
         heads=heads,
         neurons=neurons,
     )
-    cells = GridCells(grid, shape, lambda layers: run_values(ready, grid, layers))
-    job = Job(cells, as_metric(metric), "corrupted" if direction == "denoise" else "clean")
+    cells = GridCells(grid, ready.shape, lambda layers: run_values(ready, grid, layers))
+    job = Job(cells, metric, "corrupted" if direction == "denoise" else "clean")
     return sweep_of("sweep", ready, grid, job, memory=memory, progress=progress, resume=resume)
 
 
@@ -154,10 +164,12 @@ def ablate(
         site: as in `sweep`.
         value: "zero"; "mean", over all positions of `reference`; "mean-position", over its prompts
             at the same position; "resample", the same position of another prompt drawn from it; or
-            a tensor, [w] or the width of one head.
+            a tensor, [w] or the width of one head, which then goes to each head.
         op: "replace"; "add" adds factor * value; "scale" multiplies by factor.
-        factor: of op; a list of them makes an axis "factor", as in a sweep over coefficients.
-        reference: [s, t] prompts for the means and for resampling; `tokens` if None.
+        factor: of "add" and "scale"; a list of them makes an axis "factor", as in a sweep over
+            coefficients.
+        reference: [s, t] prompts without padding for the means and for resampling; `tokens`, less
+            their padding, if None.
         seed: of resampling.
         axes: as in `sweep`, and so all that follows.
         layers: restricts the axis.
@@ -175,7 +187,7 @@ def ablate(
         Sweep; `clean` is the metric of the untouched prompts, `corrupted` is empty.
 
     Raises:
-        ArgumentError: no such value or op, or too few prompts to resample from.
+        ArgumentError: no such value or op, or no prompts to resample from.
         ShapeError, SiteError, NonFiniteError: as `sweep`.
 
     Deterministic given the seed. Source: Wang et al. 2022, arXiv:2211.00593 (mean ablation); Chan
@@ -188,8 +200,9 @@ def ablate(
         >>> mt.patching.ablate(ToyModel(), torch.arange(8)[None], metric, progress=False)
         Sweep(z: 4 layers x 4 heads, log probability, engine native)
     """
-    if not isinstance(value, Tensor):
-        _check.one_of("ablate", "value", value, ("zero", "mean", "mean-position", "resample"))
+    _check.one_of("ablate", "site", site, tuple(AXES))
+    check_operation(op, value, factor)
+    metric = as_metric("ablate", metric)
     tokens = one("ablate", model, tokens, attention_mask)
     given = reference is not None
     source = tokens[:0]
@@ -202,10 +215,19 @@ def ablate(
             )
             raise ArgumentError(msg)
     ready = engine_for(
-        "ablate", model, tokens, source if given else source[:0], attention_mask, precision, memory,
-        engine, site,
-    )  # fmt: skip
+        "ablate",
+        model,
+        tokens,
+        source if given else source[:0],
+        attention_mask,
+        paired=False,
+        precision=precision,
+        memory=memory,
+        engine=engine,
+        site=site,
+    )
     grid = make_grid(
+        "ablate",
         site,
         ready.shape,
         axes=axes,
@@ -217,5 +239,6 @@ def ablate(
         factor=factor,
     )
     values = partial(ablation_values, ready, grid, value=value, seed=seed)
-    job = Job(GridCells(grid, ready.shape, values), as_metric(metric), "clean", ablation=True)
+    about = repr((value.tolist() if isinstance(value, Tensor) else value, seed))
+    job = Job(GridCells(grid, ready.shape, values), metric, "clean", ablation=True, about=about)
     return sweep_of("ablate", ready, grid, job, memory=memory, progress=progress, resume=resume)

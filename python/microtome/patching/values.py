@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from microtome import _check
 from microtome._seed import generator
 from microtome.errors import ArgumentError, ShapeError
 from microtome.patching.cells import Grid, Shape, Values, at_stage
@@ -28,6 +29,24 @@ def run_values(engine: Activations, grid: Grid, layers: Iterable[int]) -> Values
     places = [at_stage(grid.site, layer) for layer in layers]
     sources = {place: engine.activation(*place) for place in places}
     return Values("run", sources, torch.arange(engine.shape.b) + engine.shape.b)
+
+
+def check_operation(op: str, value: str | Tensor, factor: float) -> None:
+    """Raise ArgumentError for a value or factor that the operation would not use."""
+    _check.one_of("ablate", "op", op, ("replace", "add", "scale"))
+    if not isinstance(value, Tensor):
+        _check.one_of("ablate", "value", value, ("zero", "mean", "mean-position", "resample"))
+    zero = isinstance(value, str) and value == "zero"
+    if op == "add" and zero:
+        msg = "ablate: op 'add' needs something to add, got value='zero'. Pass another value."
+        raise ArgumentError(msg)
+    if op == "scale" and not zero:
+        given = "a tensor" if isinstance(value, Tensor) else repr(value)
+        msg = f"ablate: op 'scale' takes no value, got {given}. Leave it out, or use 'add'."
+        raise ArgumentError(msg)
+    if op == "replace" and factor != 1.0:
+        msg = f"ablate: op 'replace' takes no factor, got {factor}. Use 'add' or 'scale'."
+        raise ArgumentError(msg)
 
 
 def ablation_values(
@@ -54,24 +73,53 @@ def ablation_values(
             )
             raise ShapeError(msg)
         like = engine.activation(*places[0])
-        return Values("one", {place: value.to(like)[None] for place in places}, nobody)
+        table = value.to(like).repeat(width // value.numel())[None]
+        return Values("one", dict.fromkeys(places, table), nobody)
     held = {place: engine.activation(*place) for place in places}
     total = next(iter(held.values())).shape[0] // t
-    among = torch.arange(b, total) if total > b else torch.arange(b)
+    own = total == b  # values come from the prompts themselves, whose padding is left out
+    among = torch.arange(b) if own else torch.arange(b, total)
+    position = torch.arange(t)
+    counts = torch.ones(len(among), t, dtype=torch.bool)
+    if own:
+        counts = (position >= shape.first[:, None]) & (position < shape.stop[:, None])
     if value == "resample":
-        own = total == b
-        if len(among) < (2 if own else 1):
-            msg = (
-                "ablate: resampling needs another prompt to draw from, but there is one. Pass "
-                "several prompts, or reference."
-            )
-            raise ArgumentError(msg)
-        shift = torch.randint(
-            1 if own else 0, len(among), (b,), generator=generator(seed, "resample")
-        )
-        return Values("resample", held, among[(torch.arange(b) + shift) % len(among)])
+        return Values("resample", held, _partners(shape, among, counts, own, seed))
     tokens = {place: kept.unflatten(0, (total, t))[among] for place, kept in held.items()}
     if value == "mean":
-        return Values("one", {p: x.flatten(0, 1).mean(0)[None] for p, x in tokens.items()}, nobody)
+        return Values("one", {p: x[counts].mean(0)[None] for p, x in tokens.items()}, nobody)
+    weight = counts[..., None]  # [s, t, 1]; no write reads a position where no prompt counts
+    tables = {
+        p: torch.where(weight.to(x.device), x, 0.0).sum(0) / weight.sum(0).clamp_min(1).to(x)
+        for p, x in tokens.items()
+    }
     # One row a position: every prompt reads prompt 0 of the table.
-    return Values("resample", {p: x.mean(0) for p, x in tokens.items()}, nobody)
+    return Values("resample", tables, nobody)
+
+
+def _partners(shape: Shape, among: Tensor, counts: Tensor, own: bool, seed: int) -> Tensor:
+    """[b] the prompt that each prompt draws its values from.
+
+    Raises:
+        ArgumentError: there is no other prompt, or a prompt would read another's padding.
+    """
+    if len(among) < (2 if own else 1):
+        msg = (
+            "ablate: resampling needs another prompt to draw from, but there is one. Pass "
+            "several prompts, or reference."
+        )
+        raise ArgumentError(msg)
+    b = shape.b
+    shift = torch.randint(1 if own else 0, len(among), (b,), generator=generator(seed, "resample"))
+    place = (torch.arange(b) + shift) % len(among)
+    position = torch.arange(shape.t)
+    mine = (position >= shape.first[:, None]) & (position < shape.stop[:, None])
+    lacking = (mine & ~counts[place]).any(1)
+    if bool(lacking.any()):
+        i = int(lacking.nonzero()[0])
+        msg = (
+            f"ablate: prompt {i} would be resampled from prompt {int(place[i])} of `tokens`, which "
+            "has padding where it has none. Pass reference, prompts without padding."
+        )
+        raise ArgumentError(msg)
+    return among[place]

@@ -59,7 +59,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             memory=MEMORY,
         )
         plan = _plan(request, kind, engine.shape)
-        if plan is None or not engine.has(kind):
+        if plan is None or engine.lacks(kind):
             return None
         plan = plan.without_unchanged(_own(request, kind), engine.shape.t)
         reads = _reads(request, engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,3 +162,14 @@ def read(model: nn.Module, rotations: list[Rotation]) -> Stack:
         softcap=getattr(text, "final_logit_softcapping", None) or 0.0,
         entry=f"{blocks_at}.0",
     )
+
+
+def turned(stack: Stack, rotations: list[Rotation]) -> Stack:
+    """The same parts with the rotation tables of another length of prompt."""
+    blocks = (
+        replace(block, cos=rotation[0], sin=rotation[1])
+        if rotation is not None and block.cos is not None
+        else block
+        for block, rotation in zip(stack.blocks, rotations, strict=True)
+    )
+    return replace(stack, blocks=tuple(blocks))

@@ -116,21 +116,25 @@ class Plan:
         held, sources = site(layer, stage), self.sources.get((layer, stage))
         w = self.writes.select(at).to(held.device)
         token = self.example.to(held.device)[w.row] * t + w.position
-        out = w.factor != 0  # what is left of an addition
-        for width in (w.hi - w.lo).unique().tolist():
-            some = ((w.hi - w.lo == width) & (w.op != ADD)).nonzero().flatten()
+        out = torch.zeros(len(at), dtype=torch.bool, device=held.device)
+        exact = torch.promote_types(held.dtype, torch.float32)  # as the writes are done
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[held.element_size()]
+        for op, width in torch.stack((w.op, w.hi - w.lo), 1).unique(dim=0).tolist():
+            some = ((w.op == op) & (w.hi - w.lo == width)).nonzero().flatten()
             for part in some.split(max(1, (1 << 22) // max(width, 1))):
                 columns = w.lo[part, None] + torch.arange(width, device=held.device)
                 old = held[token[part, None], columns]
-                factor = w.factor[part, None].to(old)
-                new = old * factor
-                reads = w.op[part] == REPLACE
-                if sources is not None and bool(reads.any()):
+                new = old.to(exact)
+                if op in (REPLACE, ADD):
+                    assert sources is not None
                     offset = 0 if sources.shape[1] == held.shape[1] else w.lo[part, None]
-                    value = sources[w.source[part, None].clamp_min(0), columns - offset]
-                    new = torch.where(reads[:, None], value * factor, new)
-                new = torch.where((w.op[part] == ZERO)[:, None], torch.zeros_like(new), new)
-                out[part] = (new != old).any(1)
+                    new = sources[w.source[part, None], columns - offset].to(exact)
+                new = new * w.factor[part, None].to(exact)
+                if op == ADD:
+                    new = old.to(exact) + new
+                elif op == ZERO:
+                    new.zero_()
+                out[part] = (new.to(old).view(bits) != old.view(bits)).any(1)
         return out.cpu()
 
     def entries(self) -> tuple[Tensor, Tensor]:

@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import MicrotomeError
-from microtome.models.capture import Recorder, call
+from microtome.errors import BackendError
+from microtome.models.capture import Recorder, call, evaluating
 from microtome.models.native.base import BaseRun, run_base
 from microtome.models.native.block import Stack
-from microtome.models.native.families import READERS, Rotation, read
+from microtome.models.native.families import READERS, Rotation, read, turned
 from microtome.models.native.hooked import is_hooked, read_hooked
 from microtome.models.native.plan import Plan
 from microtome.models.native.wave import Final, Wave
+from microtome.models.native.weights import altered, weights_key
 from microtome.models.sites import Site
 
 # Largest difference of logits over their largest size: 100 times what float32 products differ by;
 # some models take the softmax in float32 whatever their weights are.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-_runners: weakref.WeakKeyDictionary[nn.Module, dict[Any, Runner | str]] = (
-    weakref.WeakKeyDictionary()
-)
+# model -> (its weights, {(length, padded): its runner, or why it has none})
+_runners: weakref.WeakKeyDictionary[
+    nn.Module, tuple[bytes, dict[tuple[int, bool], Runner | str]]
+] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ class Runner:
             rows = live[part == which]
             if len(rows) == 0:
                 continue
-            with torch.no_grad():
+            with torch.no_grad():  # closed before the yield: it would reach into the caller
                 stop = last[plan.example[rows]]
                 wave = Wave(base, plan.take(rows), stop, readout.to(device), delta=delta)
-                yield rows, wave.run()
+                final = wave.run()
+            yield rows, final
 
 
 def bytes_a_token(base: BaseRun) -> int:
@@ -103,55 +106,64 @@ def bytes_a_token(base: BaseRun) -> int:
 def runner_of(model: nn.Module, tokens: Tensor, first: Tensor) -> Runner | str:
     """The verified runner of a model, or why there is none.
 
-    A model is read and verified once for a length of prompt, and again after its weights changed.
+    A model is read once for its weights as they are. It is verified on one prompt for each length,
+    with and without padding before it, and again after its weights changed.
 
     Args:
         model: any model.
-        tokens: [b, t] int64, a prompt of the length to come.
+        tokens: [b, t] int64, prompts of the length to come.
         first: [b] int32, the first position that counts.
     """
-    kept = _runners.setdefault(model, {})
-    version = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
-    key = (tokens.shape[1], hash(version))
-    if key not in kept:
-        for stale in [old for old in kept if old[1] != key[1]]:
-            del kept[stale]
-        kept[key] = _read(model, tokens[:1], first[:1])
-    return kept[key]
-
-
-def _read(model: nn.Module, tokens: Tensor, first: Tensor) -> Runner | str:
-    """Read and verify on one prompt."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if not is_hooked(model) and kind not in READERS:
         return f"{type(model).__name__} is not one of the architectures that are read into parts"
+    if why := altered(model):
+        return why
+    weights = weights_key(model)
+    kept = _runners.get(model)
+    if kept is None or kept[0] != weights:
+        kept = _runners[model] = (weights, {})
+    padded = int(first.argmax())  # the prompt with most padding before it
+    key = (tokens.shape[1], bool(first[padded] > 0))
+    if key not in kept[1]:
+        like = next((r.stack for r in kept[1].values() if isinstance(r, Runner)), None)
+        one = slice(padded, padded + 1)
+        kept[1][key] = _read(model, str(kind), tokens[one], first[one], like)
+    return kept[1][key]
+
+
+def _read(
+    model: nn.Module, kind: str, tokens: Tensor, first: Tensor, like: Stack | None
+) -> Runner | str:
+    """Read, with the weights of `like` if given, and verify on one prompt."""
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or dtypes & TOLERANCE.keys() != dtypes:
         has = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         return f"its weights are {has}, and parts are run in float32 or float64"
     mask = (torch.arange(tokens.shape[1])[None] >= first.cpu()[:, None]).long()
-    with torch.no_grad():
-        try:
-            if is_hooked(model):
-                logits, rotations = _recorded(model, tokens, None, "blocks")
-                stack = read_hooked(model, rotations)
-            else:
-                path = READERS[str(kind)][0]
-                logits, rotations = _recorded(
-                    model, tokens, mask if (first > 0).any() else None, path
-                )
-                stack = read(model, rotations)
-            base = run_base(
-                stack,
-                entry_of(model, tokens, stack.entry),
-                first.to(logits.device),
-                differences=False,
-            )
+    hooked = is_hooked(model)
+    path = "blocks" if hooked else READERS[kind][0]
+    try:
+        model.get_submodule(path)
+    except AttributeError as missing:
+        return f"its parts were not found where {kind} keeps them ({missing})"
+    logits, rotations = _recorded(model, tokens, mask if bool((first > 0).any()) else None, path)
+    if not isinstance(logits, Tensor):
+        return f"{type(model).__name__} returns no logits"
+    try:
+        if like is not None:
+            stack = turned(like, rotations)
+        else:
+            stack = read_hooked(model, rotations) if hooked else read(model, rotations)
+        with torch.no_grad():
+            entry = entry_of(model, tokens, stack.entry)
+            base = run_base(stack, entry, first.to(entry.device), differences=False)
             mine = stack.logits(base.final).unflatten(0, base.shape)
-        except (AttributeError, KeyError, TypeError) as error:
-            return f"its parts were not found where {kind or 'such models'} keep them ({error})"
-        except (RuntimeError, MicrotomeError) as error:
-            return f"its parts do not fit together ({error})"
+    except (BackendError, torch.OutOfMemoryError):  # these say nothing of the model
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as missing:
+        name = type(model).__name__ if hooked else kind
+        return f"its parts were not found where {name} keeps them ({missing})"
     counts = mask.bool().to(logits.device)
     apart = (mine - logits)[counts].abs().max() / logits[counts].abs().max().clamp_min(1e-30)
     if not float(apart) <= TOLERANCE[logits.dtype]:
@@ -169,7 +181,7 @@ def entry_of(model: nn.Module, tokens: Tensor, path: str) -> Tensor:
 
 def _recorded(
     model: nn.Module, tokens: Tensor, mask: Tensor | None, path: str
-) -> tuple[Tensor, list[Rotation]]:
+) -> tuple[Tensor | None, list[Rotation]]:
     """A model's logits, and the rotation tables its blocks were called with."""
     rotations: list[Rotation] = []
 
@@ -179,15 +191,11 @@ def _recorded(
 
     blocks: Any = model.get_submodule(path)
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with warnings.catch_warnings():
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = call(model, tokens, mask)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
-    return (out if isinstance(out, Tensor) else out.logits), rotations
+    return (out if isinstance(out, Tensor) else getattr(out, "logits", None)), rotations
