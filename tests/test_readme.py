@@ -26,7 +26,7 @@ def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("0.")
 
 
-@pytest.mark.parametrize("page", ["training", "activations"])
+@pytest.mark.parametrize("page", ["training", "activations", "patching"])
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -35,6 +35,10 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
         exec(compile(code, f"{page}.md", "exec"), names)
     if page == "training":
         assert (tmp_path / "run" / "metrics.json").exists()
+    elif page == "patching":
+        assert (tmp_path / "resid_pre.png").exists()
+        assert names["grid"].shape == names["sweep"].scores.shape == (4, 16)
+        assert names["paths"].scores.shape == (4, 2)
     else:
         assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
         assert len(names["held_out"]) == 16

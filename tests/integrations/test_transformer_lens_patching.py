@@ -227,7 +227,7 @@ def test_a_setter_that_returns_nothing_may_have_written_in_place(model: ToyModel
         model, corrupted, cache, metric, in_place, "resid_pre", ("layer", "pos"), progress=False
     )
     stock = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, progress=False)
-    assert torch.equal(found, stock)
+    torch.testing.assert_close(found, stock)  # the stock one runs natively: another rounding
 
 
 def test_the_fast_path_is_asked_for_stock_setters_and_its_scores_are_taken(

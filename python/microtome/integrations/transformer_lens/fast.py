@@ -35,6 +35,8 @@ def try_fast(request: PatchRequest) -> Tensor | None:
         `rows.say_once`.
     """
     kinds = {names.kind_of(hook) for hook in request.hooks.values()}
+    if not kinds:
+        return None
     why = _why_not(request, kinds)
     if why:
         say_once(f"{request.op}: {why}")
@@ -161,7 +163,10 @@ def _reads(request: PatchRequest, engine: NativeEngine) -> Reads:
         columns = None if tokens is None else tokens.expand(b, -1)
         return engine.unpatched(prompts, positions.expand(b, -1), columns)
 
-    metric = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
+    def metric(logits: Any) -> None:
+        for measure in request.metrics.by_name.values():
+            measure(logits)
+
     return reads_of(metric, (b, t, engine.vocabulary), engine.run.final, fetch)
 
 

@@ -29,6 +29,17 @@ def is_hooked(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("cfg", "blocks", "unembed", "hook_dict"))
 
 
+def hooks_set(model: Any) -> str:
+    """Why a TransformerLens model runs something beside its parts, or an empty string.
+
+    A bridge has torch hooks of its own on the modules it wraps; the user's are at hook points.
+    """
+    for name, point in model.hook_dict.items():
+        if getattr(point, "fwd_hooks", None):
+            return f"{name} carries a hook, which parts would not call"
+    return ""
+
+
 def read_hooked(model: Any, rotations: list[Rotation]) -> Stack:
     """The parts of a TransformerLens model; AttributeError or KeyError where one is missing.
 
