@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microtome.models import pattern
+
 VOCABULARY = 50
 
 
-def _llama_like(config: str, model: str, **extra: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
+def _llama_like(config: str, model: str) -> Callable[..., nn.Module]:
+    def make(**extra: Any) -> nn.Module:
         import transformers
 
         settings = {
@@ -98,7 +100,7 @@ def _gemma3_with_images() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "gpt2": _gpt2,
     "llama": _llama_like("LlamaConfig", "LlamaForCausalLM"),
     "mistral": _llama_like("MistralConfig", "MistralForCausalLM"),
@@ -116,16 +118,40 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 LAYERS, WIDTH, HEADS = 3, 24, 4
 
 
-def build(name: str) -> nn.Module:
-    """The model in eval mode, with norms and biases away from their neutral start."""
+def build(name: str, **settings: Any) -> nn.Module:
+    """The model in eval mode, with norms and biases away from their neutral start.
+
+    Args:
+        name: a key of MODELS.
+        **settings: of the config, for the families that are built like Llama.
+    """
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name](**settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.mul_(5.0)
+    return model
+
+
+def in_float64(name: str, **settings: Any) -> nn.Module:
+    """The model in float64 throughout.
+
+    Plain attention of transformers takes its softmax in float32 whatever the weights are; models
+    that use it get ours, which does not.
+    """
+    model = build(name, **settings).double()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "eager":
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import eager_mask
+
+            AttentionInterface.register(pattern.NAME, pattern.attention)
+            AttentionMaskInterface.register(pattern.NAME, eager_mask)
+            config._attn_implementation = pattern.NAME
     return model
 
 
