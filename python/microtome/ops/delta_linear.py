@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check
-from microtome.ops._registry import Op
+from microtome.ops._registry import Op, triton_backend
 from microtome.ops.pack_weights import FLOATS, check_outputs, check_packed, unpack_weights
 
 
@@ -112,4 +112,10 @@ def _fake(
     return x.new_empty(x.shape[0], o)
 
 
-_delta = Op(delta_linear_reference, fake=_fake)
+_delta = Op(
+    delta_linear_reference,
+    fake=_fake,
+    backends=[
+        triton_backend("microtome.kernels.delta_linear:launch", torch.float32, torch.bfloat16),
+    ],
+)
