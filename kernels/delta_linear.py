@@ -137,7 +137,9 @@ def launch(
     with torch.cuda.device_of(x):
         if prepared:
             weights = torch.empty_like(packed)
-            _unpack_kernel[(packed.shape[0], triton.cdiv(pairs, 64))](packed, weights, pairs, BQ=64)
+            _unpack_kernel[(packed.shape[0], triton.cdiv(pairs, 64))](
+                packed, weights, pairs, BQ=64, enable_fp_fusion=True
+            )
             packed = weights.view(torch.bfloat16)
             delta = torch.empty(min(block, T), 2 * pairs, dtype=torch.bfloat16, device=x.device)
         for first in range(0, T, block):
@@ -147,7 +149,7 @@ def launch(
             if prepared:
                 _round_rows_kernel[(triton.cdiv(count, 4), triton.cdiv(i, 512))](
                     source, x_base, index[rows], delta, count, i, x.stride(0), x_base.stride(0),
-                    2 * pairs, BM=4, BD=512, UPCAST=upcast,
+                    2 * pairs, BM=4, BD=512, UPCAST=upcast, enable_fp_fusion=True,
                 )  # fmt: skip
                 source = delta
             _delta_linear_kernel[(triton.cdiv(count, BM) * triton.cdiv(o, BN),)](

@@ -50,7 +50,8 @@ def delta_linear(
     set. The levels avx512bf16 and amx take subnormal numbers for zero and round sums in their own
     way, so their last bits differ from those of the other levels. NaN and infinity pass through.
     Neither x - x_base nor its rounding is ever stored: both happen as rows are packed for the
-    product. Costs 2 T i o operations.
+    product (on a GPU many rows are rounded first, at most 64 MiB at once). Costs 2 T i o
+    operations.
     Source: docs/exactness.md.
 
     Example:
