@@ -49,7 +49,7 @@ test: $(VENV)/.env-dev $(VENV)/.built  ## every test this machine can run
 
 # In a process of their own, which MICROTOME_REQUIRE=triton means: Triton decides at import whether it interprets.
 test-triton: $(VENV)/.env-dev $(VENV)/.built  ## the Triton kernels under the interpreter
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -m triton tests/ops tests/test_triton_interpreter.py
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -m triton tests/ops tests/test_triton_interpreter.py tests/test_triton_patching.py
 
 sanitize: $(VENV)/.torch  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DMICROTOME_SANITIZE=ON -DMICROTOME_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja

@@ -1,4 +1,4 @@
-"""bf16 shadows of float rows, with the norms that bound what the rounding lost."""
+"""bf16 shadows of float rows, the norms that bound what the rounding lost, and their products."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
@@ -15,6 +15,35 @@ def round_to_bf16(value):
     bits = value.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return (rounded >> 16).to(tl.int16), (rounded & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(value, UPCAST: tl.constexpr):
+    """float32 to the nearest bf16, ties to even, for a product.
+
+    The interpreter multiplies the raw bits of bf16 and cuts where it should round: with UPCAST the
+    answer is a float32 of the same value.
+    """
+    return round_to_bf16(value)[1] if UPCAST else value.to(tl.bfloat16)
+
+
+@triton.jit
+def products(
+    x, W, row, feature, rows, f, d, x_stride, w_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] products of bf16 rows, accumulated in float32."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    x_row = x + row.to(tl.int64)[:, None] * x_stride
+    w_row = W + feature.to(tl.int64)[:, None] * w_stride
+    for start in range(0, d, BD):
+        i = (start + tl.arange(0, BD))[None, :]
+        a = tl.load(x_row + i, mask=(row < rows)[:, None] & (i < d), other=0.0)
+        b = tl.load(w_row + i, mask=(feature < f)[:, None] & (i < d), other=0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, tl.trans(b), acc)
+    return acc
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from microtome.kernels import topk_select as select
-from microtome.kernels.bf16 import shadow_rows
+from microtome.kernels.bf16 import products, shadow_rows
 from torch import Tensor
 
 from microtome import _check
@@ -87,24 +87,6 @@ def plan(n: int, f: int, k: int) -> Plan:
 
 
 @triton.jit
-def _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM: tl.constexpr,
-BN: tl.constexpr,
-              BD: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """[BM, BN] products of bf16 rows, accumulated in float32."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    x_row = x + row.to(tl.int64)[:, None] * x_stride
-    w_row = W + feature.to(tl.int64)[:, None] * w_stride
-    for start in range(0, d, BD):
-        i = (start + tl.arange(0, BD))[None, :]
-        a = tl.load(x_row + i, mask=(row < rows)[:, None] & (i < d), other=0.0)
-        b = tl.load(w_row + i, mask=(feature < f)[:, None] & (i < d), other=0.0)
-        if UPCAST:  # the interpreter multiplies the raw bits of bf16
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc)
-    return acc
-
-
-@triton.jit
 def _sample_kernel(
     x, W, b_enc, maxima, rows, f, d, x_stride, w_stride, stride, groups,
     HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -115,7 +97,7 @@ def _sample_kernel(
     row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
     block = tl.program_id(0) // row_tiles
     feature = (block * BN + tl.arange(0, BN)).to(tl.int64) * stride
-    score = _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
+    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
     if HAS_BIAS:
         score += tl.load(b_enc + feature, mask=feature < f, other=0.0).to(tl.float32)[None, :]
     score = tl.where((feature < f)[None, :], score, float("-inf"))
@@ -147,7 +129,7 @@ def _filter_kernel(
     row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
     feature = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
     live = row < rows
-    score = _products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
+    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
     if HAS_BIAS:
         score += tl.load(b_enc + feature, mask=feature < f, other=0.0).to(tl.float32)[None, :]
     norm = tl.load(x_stats + row * 4 + 1, mask=live, other=0.0)

@@ -58,8 +58,21 @@ def test_no_kernel_spills(arch: str, measured: dict[str, dict[str, dict[str, int
 def test_products_run_on_tensor_cores(
     arch: str, measured: dict[str, dict[str, dict[str, int]]]
 ) -> None:
-    for name in ("topk_encode.sample", "topk_encode.filter"):
-        assert measured[arch][name]["tensor_core"] > 0
+    names = ("topk_encode.sample", "topk_encode.filter")
+    names += tuple(f"delta_linear.{way}" for way in ("few", "fused", "prepared"))
+    for name in names:
+        assert measured[arch][name]["tensor_core"] > 0, name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_promises_every_rounding_fuses_no_product_into_a_sum(
+    arch: str, measured: dict[str, dict[str, dict[str, int]]]
+) -> None:
+    # patch_rows gives the bits of its formula; attention is float32 and not its tensor-core kin.
+    assert measured[arch]["patch_rows"]["fused"] == 0
+    attention = [m for name, m in measured[arch].items() if "attention" in name]
+    assert attention
+    assert all(m["tensor_core"] == 0 < m["fused"] for m in attention)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -2,7 +2,7 @@
 
 Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are
 those that the host functions choose at d = 768, f = 24576, k = 32 (and d = 2304 for the update,
-which holds the most).
+which holds the most), and for patching at 16384 tokens, d = 768, heads of 64 and 128.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 import triton
 from microtome.kernels import (
     bf16,
+    cascade_attention,
+    delta_linear,
+    patch_rows,
     sae_loss,
     sae_update,
     segments,
@@ -33,18 +36,81 @@ INTEGERS = {
     "n", "k", "d", "f", "rows", "m", "entries", "capacity", "slots", "groups", "rank", "stride",
     "turns",
     "x_stride", "w_stride", "stride_f", "shadow_stride",
+    "T", "i", "o", "w", "t", "h", "group", "dh", "dv", "window", "pairs",
+    "base_stride", "y_base_stride", "add_stride", "out_stride",
+    "base_example", "base_token", "source_row", "q_example", "q_token", "k_token", "v_token",
+    "k_base_example", "k_base_token", "v_base_example", "v_base_token",
+    "q_new_row", "k_new_row", "v_new_row",
 }  # fmt: skip
-FLOATS = {"unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root"}
+FLOATS = {
+    "unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root",
+    "scale", "softcap", "most",
+}  # fmt: skip
 POINTERS = {
     "indices": "i32", "index": "i32", "count": "i32", "failed": "i32", "failures": "i32",
     "candidates": "i32",
     "source": "i32", "latents": "i32", "touched": "i32", "scratch": "i32", "offsets": "i64",
+    "packed": "i32", "at": "i32", "token_row": "i32", "order": "i64",
+    "ends": "i32", "tile_row": "i32", "q_positions": "i32", "first": "i32",
 }  # fmt: skip
-UNALIGNED = {"k", "rank", "turns", "slots"}
+UNALIGNED = {"k", "rank", "turns", "slots", "T", "t", "h", "group", "window"}
+
+# kernel, constants, pointer types other than fp32 (of what is no pointer elsewhere too), options
+Case = tuple[Any, dict[str, Any], dict[str, str], dict[str, Any]]
 
 
-def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
-    """name -> (kernel, constants, pointer types other than fp32, warps)."""
+def patching_cases() -> dict[str, Case]:
+    """The kernels of patch_rows, delta_linear and the two attention ops."""
+    T, d = 16384, 768
+    tables = {"rows": "i32", "k": "fp32"}
+    BT, BW = segments.tile(T, d, False, patch_rows.WIDEST, patch_rows.SIZE)
+    wide = dict.fromkeys(("at", "token_row"), "i64")
+    out: dict[str, Case] = {
+        "patch_rows": (
+            patch_rows._patch_rows_kernel, {"NARROW": True, "BT": BT, "BW": BW},
+            {**tables, **wide, "table": "i32"}, {"enable_fp_fusion": False},
+        ),
+        "delta_linear.rounded_rows": (
+            delta_linear._round_rows_kernel, {"BM": 4, "BD": 512, "UPCAST": False},
+            {"out": "bf16"}, {"enable_fp_fusion": True},
+        ),
+        "delta_linear.unpack": (
+            delta_linear._unpack_kernel, {"BQ": 64}, {"out": "i32"}, {"enable_fp_fusion": True},
+        ),
+    }  # fmt: skip
+    tiles = {"HAS_ADD": True, "BN": delta_linear.BN, "BD": delta_linear.BD, "UPCAST": False}
+    for name, prepared, BM in (("few", False, 16), ("fused", False, 64), ("prepared", True, 128)):
+        types = dict.fromkeys(("x", "packed"), "bf16") if prepared else {}
+        constants = {**tiles, "PREPARED": prepared, "BM": BM}
+        out[f"delta_linear.{name}"] = (
+            delta_linear._delta_linear_kernel, constants, types, delta_linear.OPTIONS,
+        )  # fmt: skip
+    for dh, pairs, softcap in ((64, 1, False), (64, 32, False), (64, 64, False), (128, 64, True)):
+        tile, warps = cascade_attention.geometry(pairs, dh, dh, False)
+        out[f"cascade_attention.{dh}x{pairs}"] = (
+            cascade_attention._cascade_attention_kernel,
+            {"BASE": True, "SOFTCAP": softcap, **tile}, tables,
+            {"num_warps": warps, **cascade_attention.OPTIONS},
+        )  # fmt: skip
+        tile, warps = cascade_attention.swap_geometry(dh, dh, False)
+        out[f"swap_key_attention.{dh}"] = (
+            cascade_attention._swap_key_attention_kernel, {"SOFTCAP": softcap, **tile}, tables,
+            {"num_warps": warps, **cascade_attention.OPTIONS},
+        )  # fmt: skip
+    return out
+
+
+def cases() -> dict[str, Case]:
+    """Every kernel at the size it is used at."""
+    sae = {
+        name: (kernel, constants, types, {**topk_encode.OPTIONS, "num_warps": warps})
+        for name, (kernel, constants, types, warps) in sae_cases().items()
+    }
+    return {**sae, **patching_cases()}
+
+
+def sae_cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
+    """The kernels of an SAE: kernel, constants, pointer types other than fp32, warps."""
     d, f, k, n = 768, 24576, 32, 8192
     plan = topk_encode.plan(n, f, k)
     tiles = {"HAS_BIAS": True, "BM": plan.BM, "BN": plan.BN, "BD": plan.BD, "UPCAST": False}
@@ -140,7 +206,11 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
 
 
 def measure(
-    kernel: Any, constants: dict[str, Any], types: dict[str, str], warps: int, arch: int
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    options: dict[str, Any],
+    arch: int,
 ) -> dict[str, int]:
     """Registers, stack, shared memory and instructions of one compiled kernel."""
     signature: dict[str, str] = {}
@@ -148,7 +218,7 @@ def measure(
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in INTEGERS:
+        elif name in INTEGERS and name not in types:
             signature[name] = "i32"
             if name not in UNALIGNED:
                 attributes[(i,)] = [["tt.divisibility", 16]]
@@ -158,7 +228,6 @@ def measure(
             signature[name] = "*" + types.get(name, POINTERS.get(name, "fp32"))
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {**topk_encode.OPTIONS, "num_warps": warps}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -186,6 +255,7 @@ def measure(
         "shared": compiled.metadata.shared,
         "instructions": len(instructions),
         "tensor_core": count("HMMA", "HGMMA"),
+        "fused": count("FFMA"),
         "local": count("LDL", "STL"),
     }
 

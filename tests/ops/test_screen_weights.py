@@ -1,8 +1,11 @@
 """screen_weights: codes by hand, and in float64 that every bound is a bound."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microtome import _native
 from microtome.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
@@ -200,6 +203,14 @@ def test_threads_and_vector_widths_do_not_change_the_codes(
 
 def test_auto_is_the_kind_this_processor_multiplies_fastest() -> None:
     assert screen_weights(torch.randn(2, 3)).kind == best_kind()
+
+
+def test_auto_is_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[screen_weights.__module__], "best_kind", lambda: "q15")
+    with FakeTensorMode():  # needs no GPU
+        screen = screen_weights(torch.empty(2, 3, device="cuda"))
+    assert screen.kind == "bf16"
+    assert screen.shadow.device.type == "cuda"
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -90,6 +90,15 @@ def why_not_common(
     return None
 
 
+def triton_backend(impl: str, *dtypes: torch.dtype) -> Backend:
+    """The Triton backend of calls whose floating tensors each have one of `dtypes`."""
+
+    def why_not(*args: object) -> str | None:
+        return why_not_common("triton", [a for a in args if isinstance(a, Tensor)], dtypes)
+
+    return Backend("triton", impl, why_not)
+
+
 class Op:
     """A torch op `torch.ops.microtome.<name>` with an ordered list of backends, reference last."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.ops import _attention_rows as inputs
-from microtome.ops._registry import Op
+from microtome.ops._registry import Op, triton_backend
 
 
 def cascade_attention(
@@ -301,5 +301,13 @@ def _fake_swap(
     return q.new_empty(total, q.shape[2], v_base.shape[3])
 
 
-_attend = Op(cascade_attention_reference, fake=_fake)
-_swap = Op(swap_key_attention_reference, fake=_fake_swap)
+_attend = Op(
+    cascade_attention_reference,
+    fake=_fake,
+    backends=[triton_backend("microtome.kernels.cascade_attention:launch", torch.float32)],
+)
+_swap = Op(
+    swap_key_attention_reference,
+    fake=_fake_swap,
+    backends=[triton_backend("microtome.kernels.cascade_attention:launch_swap", torch.float32)],
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, triton_backend, why_not_common
 from microtome.ops.pack_weights import FLOATS, check_outputs, check_packed, unpack_weights
 
 
@@ -50,7 +50,8 @@ def delta_linear(
     set. The levels avx512bf16 and amx take subnormal numbers for zero and round sums in their own
     way, so their last bits differ from those of the other levels. NaN and infinity pass through.
     Neither x - x_base nor its rounding is ever stored: both happen as rows are packed for the
-    product. Costs 2 T i o operations.
+    product (on a GPU many rows are rounded first, at most 64 MiB at once). Costs 2 T i o
+    operations.
     Source: docs/exactness.md.
 
     Example:
@@ -167,5 +168,8 @@ def _why_not_cpu(
 _delta = Op(
     delta_linear_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+    backends=[
+        triton_backend("microtome.kernels.delta_linear:launch", torch.float32, torch.bfloat16),
+        Backend("cpu", f"{__name__}:_cpu", _why_not_cpu),
+    ],
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._registry import Op, demanded_backend
+from microtome.ops._registry import Op, demanded_backend, triton_backend
 
 REPLACE, ADD, ZERO, SCALE = range(4)
 
@@ -182,4 +182,8 @@ def _fake(
     return base.new_empty(total, base.shape[2])
 
 
-_patch = Op(patch_rows_reference, fake=_fake)
+_patch = Op(
+    patch_rows_reference,
+    fake=_fake,
+    backends=[triton_backend("microtome.kernels.patch_rows:launch", torch.float32)],
+)

@@ -52,7 +52,8 @@ def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
 
     Args:
         W_enc: [f, d] float32.
-        kind: "bf16", "q15", or "auto" for the one this processor multiplies fastest.
+        kind: "bf16", "q15", or "auto" for the one this processor multiplies fastest (bf16 for a
+            W_enc on a GPU, where Triton reads and refreshes no other).
 
     Returns:
         A Screen; 2 bytes a weight plus 16 bytes a feature.
@@ -61,15 +62,15 @@ def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
         ShapeError, DtypeError: W_enc is not a float32 matrix.
         NonFiniteError: a row of W_enc holds NaN or infinity; the message names it.
 
-    Not differentiable. Deterministic for any thread count. Reads W_enc once. CPU only: on GPU the
-    Triton encoder screens in bf16 itself.
+    Not differentiable. Deterministic for any thread count. Reads W_enc once. On a GPU plain
+    PyTorch builds it; the Triton encoder screens in bf16 without one, too.
     Source: docs/exactness.md.
     """
     _check.shapes("screen_weights", W_enc=(W_enc, "f d"))
     _check.dtype("screen_weights", (torch.float32,), W_enc=W_enc)
     _check.one_of("screen_weights", "kind", kind, ("auto", *KINDS))
     if kind == "auto":
-        kind = best_kind()
+        kind = "bf16" if W_enc.is_cuda else best_kind()
     shadow, stats = _screen(W_enc, kind)
     return Screen(kind, shadow, stats)
 
