@@ -76,7 +76,8 @@ def generic_activation_patch(
             "none" to keep them.
         baseline: also score the unpatched corrupted run.
         attention_mask: [b, t], 1 where a token counts.
-        cells_per_forward: cells that share a forward; None picks it from the size of the input.
+        cells_per_forward: cells that share a forward, where forwards run; None picks it from the
+            size of the input.
         progress: show a progress bar.
 
     Returns:
@@ -141,6 +142,8 @@ def sweep(
 ) -> PatchingResult:
     """`generic_activation_patch` with a PatchingResult whatever was asked for."""
     _check.one_of(_OP, "reduce", reduce, ("scalar", "mean", "none"))
+    if cells_per_forward is not None:
+        _check.between(_OP, "cells_per_forward", cells_per_forward, 1, 1 << 30)
     metrics = metrics_of(_OP, patching_metric, reduce != "scalar")
     model = hooked(model)
     _check.shapes(_OP, corrupted_tokens=(tokens, "b t"))
