@@ -18,11 +18,6 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileWidth = 2 * kWidth;  // columns of a tile: the panel's 32, or a half or quarter of them
 constexpr int64_t kBlock = 256;         // entries of a row that are summed on their own, a multiple of 32
-// Steps by which weights are asked for ahead. 64 (8 KiB) hide memory: 14 rows over weights that no cache holds run at
-// 259 GF/s, with 16 steps at 178 (Zen 5, one thread, i 768, o 2304).
-constexpr int64_t kAhead = 64;
-
-constexpr int64_t kStep = kPanelLanes * 4;  // bytes of a step: one column of float32 weights, or two of bfloat16
 
 // How the weights of one step meet x; kEntries entries of a row of x go into it. Panels of float32:
 struct FloatPanel {
@@ -35,7 +30,7 @@ struct FloatPanel {
 // A function of its own: inlined into a large one, gcc 12 kept the sums in memory, at half the speed.
 template <int R, class Panel>
 __attribute__((noinline)) void multiply_block(const char* lines, const char* panel, int64_t entries, bool fresh,
-                                              float* sums) {
+                                              Ahead& ahead, float* sums) {
     constexpr int kEntries = Panel::kEntries;
     vf s[R][2];
 #pragma GCC unroll 14
@@ -43,9 +38,9 @@ __attribute__((noinline)) void multiply_block(const char* lines, const char* pan
     for (int64_t c = 0; c < entries; c += 16, lines += R * kLine) {
         const int64_t steps = entries - c < 16 ? entries - c : 16;
         const float* x = reinterpret_cast<const float*>(lines);
-        for (int64_t j = 0; j < steps; j += kEntries, x += kEntries, panel += kStep) {
-            __builtin_prefetch(panel + kAhead * kStep);
-            __builtin_prefetch(panel + kAhead * kStep + kLine);
+        for (int64_t j = 0; j < steps; j += kEntries, x += kEntries, panel += kStep, ahead.at += ahead.step) {
+            __builtin_prefetch(ahead.at);
+            __builtin_prefetch(ahead.at + kLine);
 #pragma GCC unroll 2
             for (int e = 0; e < kEntries; ++e) {
                 const vf left = Panel::read(panel, e), right = Panel::read(panel + kWidth * 4, e);
@@ -73,23 +68,24 @@ __attribute__((noinline)) void multiply_block(const char* lines, const char* pan
 }
 
 template <int R, class Panel>
-inline void multiply_rows(const char* lines, const char* panel, int64_t i, float* sums) {
+inline void multiply_rows(const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
     if (i == 0) std::memset(sums, 0, R * kPanelLanes * sizeof(float));
+    Ahead nothing = {panel, 0};
     for (int64_t c = 0; c < i; c += kBlock) {
         const int64_t entries = i - c < kBlock ? i - c : kBlock;
         for (int half = 0; half < kPanelLanes / kTileWidth; ++half) {
             multiply_block<R, Panel>(lines + c * R * 4, panel + c / Panel::kEntries * kStep + half * kTileWidth * 4,
-                                     entries, c == 0, sums + half * kTileWidth);
+                                     entries, c == 0, half ? nothing : ahead, sums + half * kTileWidth);
         }
     }
 }
 
 // The instance for `count` rows; slivers are cut evenly, so every count occurs.
 template <class Panel, int R = kTileRows>
-inline void multiply_any(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
+inline void multiply_any(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
     if constexpr (R > 0) {
-        if (count == R) return multiply_rows<R, Panel>(lines, panel, i, sums);
-        multiply_any<Panel, R - 1>(count, lines, panel, i, sums);
+        if (count == R) return multiply_rows<R, Panel>(lines, panel, i, ahead, sums);
+        multiply_any<Panel, R - 1>(count, lines, panel, i, ahead, sums);
     }
 }
 

@@ -6,9 +6,9 @@
 //
 // A Level has kRows and kGranule (panels.h) and
 //     row_bytes(i), panel_bytes(i)
-//     pack(line, x, base, n)                 one line of one row from n columns, zero beyond; base may be null
-//     line_columns                           columns of a line
-//     multiply(count, rows, panel, i, sums)  sums [count][32] of a sliver and a panel
+//     line_columns                                  columns of a line
+//     pack(line, x, base, n)                        one line of one row from n columns, zero beyond; base may be null
+//     multiply(count, rows, panel, i, ahead, sums)  sums [count][32] of a sliver and a panel
 #pragma once
 
 #include "common/panels.h"
@@ -18,6 +18,15 @@ namespace microtome {
 namespace {
 
 constexpr int64_t kLine = 64;  // bytes
+
+// Weights to ask for while a tile is computed: from `at` on, `step` bytes for each 128 bytes of the panel it reads.
+struct Ahead {
+    const char* at;
+    int64_t step;
+};
+
+constexpr int64_t kStep = kPanelLanes * 4;  // bytes: one column of float32 weights, or two of bfloat16
+constexpr int64_t kAheadBytes = 8192;       // how far ahead a panel is asked for by the tile that reads it
 
 // out [n] = n columns of x less those of base. Lanes beyond n are zero.
 inline vf difference(const float* x, const float* base, int64_t n) {
@@ -79,10 +88,17 @@ void run_level(const PanelProduct& p, int64_t r0, int64_t r1, int64_t p0, int64_
         }
         for (int64_t panel = p0; panel < p1; ++panel) {
             const char* weights = static_cast<const char*>(p.packed) + panel * Level::panel_bytes(p.i);
+            // The tiles of a panel share the asking for the next one, so that memory is never waited for in one place:
+            // 16 rows over weights that no cache holds run at 274 GF/s, where each tile asks for its own at 222 (Zen 5,
+            // one thread, i 768, o 2304). One tile alone asks a little ahead of itself.
+            const int64_t own = panel == p0 || slivers == 1;  // tiles that read weights not asked for yet
+            Ahead ahead = {weights + kAheadBytes, kStep};
             for (int64_t s = 0; s < slivers; ++s) {
                 const int64_t at = part_start(rows, s, slivers, Level::kGranule);
                 const int64_t count = part_start(rows, s + 1, slivers, Level::kGranule) - at;
-                Level::multiply(count, scratch + at * row_bytes, weights, p.i, sums);
+                const int64_t share = slivers - own;
+                if (s == own) ahead = {weights + Level::panel_bytes(p.i), (kStep + share - 1) / share};
+                Level::multiply(count, scratch + at * row_bytes, weights, p.i, ahead, sums);
                 finish(p, first + at, count, panel * kPanelLanes, sums);
             }
         }

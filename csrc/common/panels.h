@@ -37,11 +37,16 @@ struct PanelKernels {
 
 constexpr int64_t kPanelSlack = 2048;  // bytes: a tile that is not full reads on to its last row
 
-// The first row of part j when n rows are cut into parts, as evenly as granules allow.
+namespace {
+
+// The first row of part j when n rows are cut into parts, as evenly as granules allow. Each file has its own: see
+// simd.h.
 inline int64_t part_start(int64_t n, int64_t j, int64_t parts, int64_t granule) {
     const int64_t start = (n + granule - 1) / granule * j / parts * granule;
     return start < n ? start : n;
 }
+
+}  // namespace
 
 // Whole product. The answer does not depend on `threads`: each sum is computed in one place and one order.
 void run_panels(const PanelProduct& p, const PanelKernels& kernels, int threads);

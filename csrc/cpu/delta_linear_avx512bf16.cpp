@@ -17,8 +17,8 @@ struct Pairs {
     static int64_t row_bytes(int64_t i) { return lines_of(i) * kLine; }
     static int64_t panel_bytes(int64_t i) { return bf16_panel_bytes(i); }
     static void pack(char* line, const float* x, const float* base, int64_t n) { pack_bf16_line(line, x, base, n); }
-    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
-        multiply_any<PairPanel>(count, lines, panel, lines_of(i) * (kLineColumns / 2), sums);
+    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
+        multiply_any<PairPanel>(count, lines, panel, lines_of(i) * (kLineColumns / 2), ahead, sums);
     }
 };
 

@@ -21,17 +21,18 @@ struct Tiles {
     static void pack(char* line, const float* x, const float* base, int64_t n) { pack_bf16_line(line, x, base, n); }
 
     // Sums beyond `count` rows are of whatever follows a line's last row, and are not read.
-    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
+    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
         if (count > 16) {
-            multiply_rows<true>(count, lines, panel, i, sums);
+            multiply_rows<true>(count, lines, panel, i, ahead, sums);
         } else {
-            multiply_rows<false>(count, lines, panel, i, sums);
+            multiply_rows<false>(count, lines, panel, i, ahead, sums);
         }
     }
 
   private:
     template <bool kTwo>
-    static inline void multiply_rows(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
+    static inline void multiply_rows(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead,
+                                     float* sums) {
         Unit unit;
         unit.template zero<0>();
         unit.template zero<1>();
@@ -39,6 +40,9 @@ struct Tiles {
         if (kTwo) unit.template zero<3>();
         const int64_t end = lines_of(i);
         for (int64_t c = 0; c < end; ++c, lines += count * kLine, panel += kLineColumns / 2 * kPairBytes) {
+            const int64_t asked = kLineColumns / 2 * ahead.step;
+            for (int64_t k = 0; k < asked; k += kLine) __builtin_prefetch(ahead.at + k);
+            ahead.at += asked;
             unit.template load<4>(lines, kLine);
             unit.template load<6>(panel, kPairBytes);
             unit.template multiply<0, 4, 6>();

@@ -32,8 +32,8 @@ struct Widened {
             store(out + c, load(rounded + c));
         }
     }
-    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
-        multiply_any<WidenPanel>(count, lines, panel, lines_of(i) * kLineColumns, sums);
+    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
+        multiply_any<WidenPanel>(count, lines, panel, lines_of(i) * kLineColumns, ahead, sums);
     }
 };
 

@@ -15,8 +15,8 @@ struct Float32 {
         float* out = reinterpret_cast<float*>(line);
         for (int c = 0; c < 16; c += kWidth) store(out + c, difference(x + c, base ? base + c : nullptr, n - c));
     }
-    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, float* sums) {
-        multiply_any<FloatPanel>(count, lines, panel, i, sums);
+    static void multiply(int64_t count, const char* lines, const char* panel, int64_t i, Ahead& ahead, float* sums) {
+        multiply_any<FloatPanel>(count, lines, panel, i, ahead, sums);
     }
 };
 
