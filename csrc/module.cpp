@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "common/pages.h"
 #include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_native_ext, m) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     m.def("isa_level", [](const std::string& forced) { return isa_name(isa_from_name(forced.c_str())); });
     m.def("screen_kind", [](const std::string& forced) { return cpu::screen_kind(isa_from_name(forced.c_str())); });
+    m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("has_cuda", [] {
 #if defined(MICROTOME_CUDA)
         return true;
