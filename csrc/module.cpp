@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/pages.h"
 #include "cpu/cascade_attention.h"
+#include "cpu/patch_rows.h"
 #include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
@@ -39,6 +40,16 @@ std::pair<int64_t, int64_t> bind_topk_encode(Address x, int64_t x_stride, Addres
          at<int32_t>(candidates), &bad_row, &bad_feature, threads},
         isa_from_name(forced.c_str()));
     return {bad_row, bad_feature};
+}
+
+std::pair<int64_t, int64_t> bind_patch_rows(Address base, int64_t example, int64_t token, Address sources,
+                                            int64_t source, Address rows, Address table, Address factors,
+                                            const std::array<int64_t, 8>& sizes, Address out, int threads) {
+    const auto [total, n, m, b, t, w, S, w_s] = sizes;
+    return cpu::patch_rows(
+        {at<const float>(base), example, token, at<const float>(sources), source, at<const int32_t>(rows),
+         at<const int32_t>(table), at<const float>(factors), total, n, m, b, t, w, S, w_s, at<float>(out)},
+        threads);
 }
 
 // Address and strides of example, token and head.
@@ -123,6 +134,7 @@ PYBIND11_MODULE(_native_ext, m) {
 #endif
     });
     m.def("cascade_attention", &bind_cascade_attention, nogil);
+    m.def("patch_rows", &bind_patch_rows, nogil);
     m.def("swap_key_attention", &bind_swap_key_attention, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);
     m.def("screen_weights", &cpu::screen_weights, nogil);
