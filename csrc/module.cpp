@@ -1,14 +1,19 @@
 // One bind line per op. Tensors come in as addresses, sizes and strides; nothing here owns memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
 
 #include "common/isa.h"
+#include "common/pages.h"
+#include "cpu/cascade_attention.h"
 #include "cpu/delta_linear.h"
 #include "cpu/pack_weights.h"
 #include "cpu/packed_linear.h"
+#include "cpu/patch_rows.h"
 #include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
@@ -40,12 +45,90 @@ std::pair<int64_t, int64_t> bind_topk_encode(Address x, int64_t x_stride, Addres
     return {bad_row, bad_feature};
 }
 
+std::pair<int64_t, int64_t> bind_patch_rows(Address base, int64_t example, int64_t token, Address sources,
+                                            int64_t source, Address rows, Address table, Address factors,
+                                            const std::array<int64_t, 8>& sizes, Address out, int threads) {
+    const auto [total, n, m, b, t, w, S, w_s] = sizes;
+    return cpu::patch_rows(
+        {at<const float>(base), example, token, at<const float>(sources), source, at<const int32_t>(rows),
+         at<const int32_t>(table), at<const float>(factors), total, n, m, b, t, w, S, w_s, at<float>(out)},
+        threads);
+}
+
+// Address and strides of example, token and head.
+using View = std::array<int64_t, 4>;
+
+cpu::Heads heads(const View& view) {
+    return {at<const float>(static_cast<Address>(view[0])), view[1], view[2], view[3]};
+}
+
+cpu::Problem bind_cascade_attention(const View& q, const View& k, const View& v, const View& k_base, const View& v_base,
+                                    Address rows, Address q_positions, Address first,
+                                    const std::array<int64_t, 9>& sizes, float scale, float softcap, int64_t window,
+                                    Address z, Address lse, const std::string& isa, int threads) {
+    const auto [Tq, T, n, b, t, h, hk, dh, dv] = sizes;
+    return cpu::cascade_attention({heads(q),
+                                   heads(k),
+                                   heads(v),
+                                   heads(k_base),
+                                   heads(v_base),
+                                   at<const int32_t>(rows),
+                                   at<const int32_t>(q_positions),
+                                   at<const int32_t>(first),
+                                   Tq,
+                                   T,
+                                   n,
+                                   b,
+                                   t,
+                                   h,
+                                   hk,
+                                   dh,
+                                   dv,
+                                   window,
+                                   scale,
+                                   softcap,
+                                   at<float>(z),
+                                   at<float>(lse)},
+                                  isa, threads);
+}
+
+cpu::Problem bind_swap_key_attention(const View& z, const View& lse, const View& q, const View& k_base,
+                                     const View& v_base, const View& q_new, const View& k_new, const View& v_new,
+                                     Address rows, Address first, const std::array<int64_t, 8>& sizes, float scale,
+                                     float softcap, int64_t window, Address out, const std::string& isa, int threads) {
+    const auto [total, n, b, t, h, hk, dh, dv] = sizes;
+    return cpu::swap_key_attention({heads(z),
+                                    heads(lse),
+                                    heads(q),
+                                    heads(k_base),
+                                    heads(v_base),
+                                    heads(q_new),
+                                    heads(k_new),
+                                    heads(v_new),
+                                    at<const int32_t>(rows),
+                                    at<const int32_t>(first),
+                                    total,
+                                    n,
+                                    b,
+                                    t,
+                                    h,
+                                    hk,
+                                    dh,
+                                    dv,
+                                    window,
+                                    scale,
+                                    softcap,
+                                    at<float>(out)},
+                                   isa, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_ext, m) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     m.def("isa_level", [](const std::string& forced) { return isa_name(isa_from_name(forced.c_str())); });
     m.def("screen_kind", [](const std::string& forced) { return cpu::screen_kind(isa_from_name(forced.c_str())); });
+    m.def("ask_for_large_pages", &ask_for_large_pages);
     m.def("has_cuda", [] {
 #if defined(MICROTOME_CUDA)
         return true;
@@ -53,6 +136,9 @@ PYBIND11_MODULE(_native_ext, m) {
         return false;
 #endif
     });
+    m.def("cascade_attention", &bind_cascade_attention, nogil);
+    m.def("patch_rows", &bind_patch_rows, nogil);
+    m.def("swap_key_attention", &bind_swap_key_attention, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);
     m.def("screen_weights", &cpu::screen_weights, nogil);
     m.def("topk_encode", &bind_topk_encode, nogil);

@@ -14,6 +14,7 @@ from torch import Tensor
 from microtome.errors import ArgumentError
 
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
+_LARGE = 8 << 20  # bytes; a page is 2 MiB, so four of them
 
 
 @functools.cache
@@ -63,11 +64,26 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
+def empty(*shape: int) -> Tensor:
+    """An uninitialised float32 result on the CPU; a large one is backed by large pages."""
+    out = torch.empty(*shape)
+    if out.nbytes >= _LARGE:
+        module().ask_for_large_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def int32(indices: Tensor, f: int) -> Tensor:
     """Contiguous int32 indices; an int64 index that int32 cannot hold stays outside [0, f)."""
     if indices.dtype == torch.int64:
         indices = indices.clamp(-1, f)
     return indices.to(torch.int32).contiguous()
+
+
+def saturated(table: Tensor) -> Tensor:
+    """A table as contiguous int32; what int32 cannot hold becomes its least or largest number."""
+    if table.dtype == torch.int64:
+        table = table.clamp(-(2**31), 2**31 - 1)
+    return table.to(torch.int32).contiguous()
 
 
 def raise_outside(op: str, indices: Tensor, f: int, position: int) -> None:

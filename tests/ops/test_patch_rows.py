@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from microtome import errors
+from microtome import _native, errors
 from microtome._seed import generator
 from microtome.ops import ADD, REPLACE, SCALE, ZERO, patch_rows, use_backend
 from microtome.ops.patch_rows import _patch
@@ -167,6 +167,34 @@ def test_it_passes_opcheck_contiguous_or_not(backend: str, name: str) -> None:
     total = int((inputs["rows"][:, 2] - inputs["rows"][:, 1]).sum())
     with use_backend(backend):
         torch.library.opcheck(_patch.torch_op, (*inputs.values(), total))
+
+
+@on_every_backend
+def test_a_compiled_graph_answers_as_an_eager_one_does(backend: str) -> None:
+    inputs = CASES[2].inputs()
+    compiled = torch.compile(patch_rows, fullgraph=True, backend="aot_eager")
+    with use_backend(backend):
+        usual = patch_rows(**inputs)
+        assert torch.equal(compiled(**inputs, total=len(usual)), usual)
+
+
+@pytest.mark.skipif(_native.why_absent() is not None, reason="the extension is absent")
+def test_one_two_and_three_threads_give_the_same_bits() -> None:
+    g = generator(0, "threads")
+    rows = torch.tensor([[0, 0, 40], [0, 13, 14], [0, 39, 40], [0, 0, 40]], dtype=torch.int32)
+    table = torch.tensor([[3, p, 0, 2048, 0, p % 4] for p in range(40)], dtype=torch.int32)
+    base, sources = torch.randn(1, 40, 2048, generator=g), torch.randn(1, 2048, generator=g)
+    before, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with use_backend("cpu"):
+                answers.append(patch_rows(base, sources, rows, table, torch.full((40,), 0.5)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0][42:82:4], (0.5 * sources).expand(10, -1))
 
 
 GOOD = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._registry import Op, demanded_backend, triton_backend
+from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
 REPLACE, ADD, ZERO, SCALE = range(4)
 
@@ -82,12 +82,15 @@ def patch_rows(
     _check.device("patch_rows", base=base, sources=sources, rows=rows, table=table, factors=factors)
     if total is None:
         total = int((rows[:, 2] - rows[:, 1]).sum())
-    # The reference and the C++ kernel check the tables themselves.
-    on_cpu = base.device.type == "cpu" and demanded_backend() != "triton"
-    if not (on_cpu or torch.compiler.is_compiling()):
+    if not (torch.compiler.is_compiling() or _checks_itself(base)):
         check_tables(base, sources, rows, table, total)
     out: Tensor = _patch(base, sources, rows, table, factors, total)
     return out
+
+
+def _checks_itself(base: Tensor) -> bool:
+    """Whether the backend to come checks the tables: the reference and the C++ kernel do."""
+    return base.device.type == "cpu" and demanded_backend() != "triton"
 
 
 def patch_rows_reference(
@@ -182,8 +185,33 @@ def _fake(
     return base.new_empty(total, base.shape[2])
 
 
+def _cpu_patch(
+    base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, factors: Tensor, total: int
+) -> Tensor:
+    """csrc/cpu/patch_rows.cpp; base and sources are copied only if their last stride is not 1."""
+    (b, t, w), (S, w_s) = base.shape, sources.shape
+    base, sources = (x if x.stride(-1) == 1 else x.contiguous() for x in (base, sources))
+    rows32, table32 = _native.saturated(rows), _native.saturated(table)
+    factors, out = factors.contiguous(), _native.empty(max(total, 0), w)
+    code, at = _native.module().patch_rows(
+        base.data_ptr(), *base.stride()[:2], sources.data_ptr(), sources.stride(0),
+        rows32.data_ptr(), table32.data_ptr(), factors.data_ptr(),
+        (total, len(rows), len(table), b, t, w, S, w_s), out.data_ptr(), _native.threads(),
+    )  # fmt: skip
+    if code:
+        raise_table(code, at, base, sources, rows, table, total)
+    return out
+
+
+def _why_not_cpu(*args: object) -> str | None:
+    return why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
+
+
 _patch = Op(
     patch_rows_reference,
     fake=_fake,
-    backends=[triton_backend("microtome.kernels.patch_rows:launch", torch.float32)],
+    backends=[
+        triton_backend("microtome.kernels.patch_rows:launch", torch.float32),
+        Backend("cpu", "microtome.ops.patch_rows:_cpu_patch", _why_not_cpu),
+    ],
 )

@@ -1,0 +1,7 @@
+#include "cpu/cascade_attention_kernel.h"
+
+namespace microtome::cpu {
+
+const AttentionKernels kAttentionAvx2 = kKernels;
+
+}  // namespace microtome::cpu
