@@ -15,6 +15,7 @@ from microtome.testing.compare import (
     max_error,
     skip_if_interpreted,
 )
+from microtome.testing.device import ops_on
 
 __all__ = [
     "ATTENTION_CASES",
@@ -29,5 +30,6 @@ __all__ = [
     "factor_of",
     "interpreted",
     "max_error",
+    "ops_on",
     "skip_if_interpreted",
 ]
