@@ -97,7 +97,7 @@ def sweep(
         >>> metric = mt.patching.logit_difference(11, 12)
         >>> found = mt.patching.sweep(ToyModel(), clean, corrupted, metric, progress=False)
         >>> found.scores.shape, int((found.written > 0).sum())
-        (torch.Size([4, 8]), 17)
+        (torch.Size([4, 8]), 16)
     """
     _check.one_of("sweep", "direction", direction, ("denoise", "noise"))
     _check.one_of("sweep", "site", site, tuple(AXES))
