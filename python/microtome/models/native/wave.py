@@ -91,6 +91,11 @@ class Wave:
                         posts.append(self.with_mlp(layer, *part))
                     else:
                         mids.append(part)
+            # Before those join that a write to resid_mid brings: theirs is done by joining.
+            mids = [
+                (rows, keep, self.at.write(layer, "resid_mid", rows.keys[keep], stream))
+                for rows, keep, stream in mids
+            ]
             joining = self.at.entering(layer, "resid_mid")
             if joining is not None:
                 joining = self.late(joining, last)
@@ -104,7 +109,6 @@ class Wave:
                 keys, index = tokens_of(mids)
                 mid = torch.cat([stream for _, _, stream in mids])
                 if not block.parallel:
-                    mid = self.at.write(layer, "resid_mid", keys, mid)
                     x = self.mlp(layer, mid, mid, keys, index)
                 else:
                     pre = x if not last else x[mids[0][1]]
