@@ -91,11 +91,11 @@ class Wave:
                         posts.append(self.with_mlp(layer, *part))
                     else:
                         mids.append(part)
-            if not block.parallel:
-                mids = [
-                    (rows, kept, self.at.write(layer, "resid_mid", rows.keys[kept], stream))
-                    for rows, kept, stream in mids
-                ]
+            # Before those join that a write to resid_mid brings: theirs is done by joining.
+            mids = [
+                (rows, keep, self.at.write(layer, "resid_mid", rows.keys[keep], stream))
+                for rows, keep, stream in mids
+            ]
             joining = self.at.entering(layer, "resid_mid")
             if joining is not None:
                 joining = self.late(joining, last)
