@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/isa.h"
+#include "cpu/attribution_scores.h"
 #include "cpu/pack_weights.h"
 #include "cpu/packed_linear.h"
 #include "cpu/sae_loss.h"
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_native_ext, m) {
         return false;
 #endif
     });
+    m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);
     m.def("screen_weights", &cpu::screen_weights, nogil);
     m.def("topk_encode", &bind_topk_encode, nogil);

@@ -12,7 +12,8 @@ namespace microtome::test {
     X(topk_encode_names_what_is_not_finite)              \
     X(decode_and_loss_are_right_at_every_level)          \
     X(the_update_agrees_between_levels_and_threads)      \
-    X(the_screen_bounds_its_error_at_every_level)
+    X(the_screen_bounds_its_error_at_every_level)        \
+    X(attribution_scores_are_right_at_every_level)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
