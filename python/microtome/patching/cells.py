@@ -182,6 +182,7 @@ def make_grid(
     site: str,
     shape: Shape,
     *,
+    caller: str = "sweep",  # for messages
     axes: Sequence[str] | None,
     layers: Sequence[int] | None,
     positions: Sequence[int] | None,
@@ -196,15 +197,15 @@ def make_grid(
         ArgumentError: the site has no such axis, or an axis no such place.
     """
     if site not in AXES:
-        msg = f"sweep: site must be one of {', '.join(map(repr, AXES))}, got {site!r}."
+        msg = f"{caller}: site must be one of {', '.join(map(repr, AXES))}, got {site!r}."
         raise ArgumentError(msg)
     if op not in OPS:
-        msg = f"sweep: op must be one of {', '.join(map(repr, OPS))}, got {op!r}."
+        msg = f"{caller}: op must be one of {', '.join(map(repr, OPS))}, got {op!r}."
         raise ArgumentError(msg)
     wanted = tuple(a for a in axes if a != "layer") if axes is not None else AXES[site][0]
     if set(wanted) not in [set(known) for known in AXES[site]]:
         has = "; ".join(", ".join(("layer", *known)) for known in AXES[site])
-        msg = f"sweep: site {site!r} is swept over one of: {has}. Got {', '.join(axes or ())}."
+        msg = f"{caller}: site {site!r} is swept over one of: {has}. Got {', '.join(axes or ())}."
         raise ArgumentError(msg)
     sizes = {
         "layer": (layers, shape.layers),
@@ -215,7 +216,7 @@ def make_grid(
     }
     for name, given in (("position", positions), ("head", heads), ("neuron", neurons)):
         if given is not None and name not in wanted:
-            msg = f"sweep: {name}s were chosen, but the axes are layer, {', '.join(wanted)}."
+            msg = f"{caller}: {name}s were chosen, but the axes are layer, {', '.join(wanted)}."
             raise ArgumentError(msg)
     values = []
     for axis in ("layer", *wanted):
@@ -224,7 +225,7 @@ def make_grid(
         bad = [i for i in chosen if not 0 <= i < size]
         if bad or not chosen:
             what = f"got {bad[0]}" if bad else "none was given"
-            msg = f"sweep: {axis}s of {site!r} lie between 0 and {size - 1}, {what}."
+            msg = f"{caller}: {axis}s of {site!r} lie between 0 and {size - 1}, {what}."
             raise ArgumentError(msg)
         values.append(chosen)
     return Grid(site, ("layer", *wanted), tuple(values), op, factor)
