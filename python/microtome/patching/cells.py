@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.models.native.plan import STAGES, Sources, Writes
 from microtome.ops import ADD, REPLACE, SCALE, ZERO
@@ -209,6 +210,8 @@ def make_grid(
     Raises:
         ArgumentError: the site has no such axis, or an axis no such place.
     """
+    _check.one_of(caller, "site", site, tuple(AXES))
+    _check.one_of(caller, "op", op, tuple(OPS))
     wanted = tuple(a for a in axes if a != "layer") if axes is not None else AXES[site][0]
     if sorted(wanted) not in [sorted(known) for known in AXES[site]]:
         has = "; ".join(", ".join(("layer", *known)) for known in AXES[site])

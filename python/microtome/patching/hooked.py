@@ -6,7 +6,7 @@ base run's stream. That this gives the model's own output is verified once, befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -259,12 +259,7 @@ class HookEngine:
 
     def _name(self, kind: str, layer: int) -> str | None:
         """What `capture` and `splice` call a site, or None where the model has none."""
-        name = f"{kind}.{layer}"
-        if name in self.known:
-            return name
-        if self.known or kind not in ("resid_pre", "resid_post"):
-            return None
-        return f"{self.path}.{layer}" + (":in" if kind == "resid_pre" else "")
+        return site_name(self.known, self.path, kind, layer)
 
     def _site(self, kind: str, layer: int) -> str:
         name = self._name(kind, layer)
@@ -305,6 +300,23 @@ def _alike(modules: nn.ModuleList) -> bool:
     """Whether all modules of a list have a class in common that not every module has."""
     classes = [set(type(module).__mro__) for module in modules]
     return bool(classes) and bool(set.intersection(*classes) - set(nn.Module.__mro__))
+
+
+def site_name(known: Collection[str], path: str, kind: str, layer: int) -> str | None:
+    """What `capture` calls a site, or None where the model has none.
+
+    Args:
+        known: the model's canonical sites, empty for an unknown architecture.
+        path: of its list of blocks.
+        kind: such as "z".
+        layer: counted from 0.
+    """
+    name = f"{kind}.{layer}"
+    if name in known:
+        return name
+    if known or kind not in ("resid_pre", "resid_post"):
+        return None
+    return f"{path}.{layer}" + (":in" if kind == "resid_pre" else "")
 
 
 def packed(stage: str, x: Tensor) -> Tensor:
