@@ -117,7 +117,7 @@ def attribute(
     clean, corrupted = pair(op, model, clean, corrupted, attention_mask)
     base_name = "corrupted" if direction == "denoise" else "clean"
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    metric = as_metric(metric)
+    metric = as_metric(op, metric)
     if steps == 1 and metric.reference == base_name:
         msg = (
             f"{op}: {metric.name} compares the {base_name} run with itself where the gradient is "
@@ -197,7 +197,10 @@ def _checked(
     rest = order[n:]
     drawn = rest[torch.randperm(len(rest), generator=generator(seed, "attribute"))[:n]]
     numbers = torch.cat((order[:n], drawn)).sort().values
-    engine = engine_for("attribute", model, base, source, mask, "fp32", MEMORY, "auto", grid.site)
+    engine = engine_for(
+        "attribute", model, base, source, mask, paired=True, precision="fp32", memory=MEMORY,
+        engine="auto", site=grid.site,
+    )  # fmt: skip
     scores, unpatched = run_chosen(
         "attribute", engine, grid, numbers, metric, estimate.base, memory=MEMORY, progress=progress
     )

@@ -194,8 +194,8 @@ def places_of(op: str, model: nn.Module, kind: str) -> Places:
     Raises:
         SiteError: the model has none of that kind, or no list of blocks.
     """
-    path, blocks = find_blocks(op, model)
     known = canonical(op, model) if family_of(model) is not None else {}
+    path, blocks = find_blocks(op, model, known)
     named: dict[str, list[str]] = {}
     for each in (kind, "resid_pre"):
         names = [site_name(known, path, each, layer) for layer in range(len(blocks))]

@@ -28,7 +28,7 @@ class Judge:
 
     def __init__(self, metric: Metric, shape: Shape, base: str, logits: Tensor) -> None:
         self.metric, self.b = metric, shape.b
-        self.slots = metric.slots(shape.b, shape.stop)
+        self.slots = metric.slots(shape.first, shape.stop, shape.t)
         self.columns = metric.columns(shape.b, logits.shape[-1])
         self.by_base = metric.reference == base
         self.other = self._read(logits)  # [1, b, m, c]
