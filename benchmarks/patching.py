@@ -131,21 +131,20 @@ def runs_of(name: str, contenders: list[str], options: argparse.Namespace) -> li
             # What cannot run does not run again between the other peers.
             if all(row["status"] != "ok" for row in rows) and contender == OURS:
                 given_up.add(contender)
-    judge(runs)
+    judge(runs, sweep.columns)
     return runs
 
 
 def main(arguments: list[str]) -> int:
     """Run, write the JSON after every sweep, print the tables; 1 if a row FAILED."""
-    from benchmarks import machine, patching_table
+    from benchmarks import machine, render
     from benchmarks.patching_case import SWEEPS
     from benchmarks.patching_judge import floor_rows, summarise
 
     options = parse(arguments)
     if options.render:
-        for path in options.render:
-            result = json.loads(path.read_text())
-            print(patching_table.markdown(result), patching_table.readme_table(result), sep="\n\n")
+        for result in render.read(options.render):
+            print(render.markdown(result), render.readme_table(result), sep="\n\n")
         return 0
     sweeps, contenders = chosen(options.only)
     path = options.out / f"{options.name}-{machine.isa()}.json"
@@ -172,7 +171,7 @@ def main(arguments: list[str]) -> int:
         result["runs"] += runs
         result["rows"] += summarise(runs, sweep)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    print(patching_table.markdown(result), f"written to {path}", sep="\n\n")
+    print(render.markdown(result), f"written to {path}", sep="\n\n")
     return int(any(row["status"] == "FAILED" for row in result["rows"]))
 
 

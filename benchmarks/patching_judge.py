@@ -23,60 +23,52 @@ WHOLE_GRID = ("torch", "a batch a layer, a row a cell")
 FIGURES = ("seconds", "forward_ms", "product_gflops", "working_mib", "setup_mib")
 
 
-def judge(runs: list[Row]) -> None:
+def judge(runs: list[Row], columns: int) -> None:
     """Compare every run's grid with the judge's, in place: `check`, or FAILED without a time.
 
     Args:
         runs: the runs of one sweep. Those with status "ok" hold `scores` [layers, len(columns)],
             which is taken out, and `columns`.
+        columns: of the whole grid.
     """
-    finished = [run for run in runs if run["status"] == "ok"]
-    grids = [(run, run.pop("scores")) for run in finished]
+    grids = [(run, run.pop("scores")) for run in runs if run["status"] == "ok"]
     judges = [(run, grid) for run, grid in grids if run["contender"] == JUDGE]
     if not judges:
-        for run in finished:
+        for run, _ in grids:
             _fail(run, "not checked, for there is no grid of TransformerLens to check it against")
         return
-    truth = _spread(*judges[0])
-    span = float(judges[0][1].max() - judges[0][1].min())
-    whole = [(run, grid) for run, grid in grids if (run["contender"], run["variant"]) == WHOLE_GRID]
-    for run, grid in whole:
-        _compare(run, grid, truth, span)
-        if run["status"] == "ok" and run is whole[0][0]:
-            more = _spread(run, grid)
-            width = max(truth.shape[1], more.shape[1])
-            truth, more = _widen(truth, width), _widen(more, width)
-            truth = torch.where(truth.isnan(), more, truth)
-    for run, grid in grids:
-        if "check" not in run and run["status"] == "ok":
-            _compare(run, grid, truth, span)
+    first, grid = judges[0]
+    truth = torch.zeros(grid.shape[0], columns)
+    truth[:, first["columns"]] = grid
+    known = set(first["columns"])
+    span = float(grid.max() - grid.min())
+    nothing = {"error": 0.0, "error_over_range": 0.0, "limit": EXACT, "cells": 0}
+    first["check"] = {**nothing, "range": span}  # it is not compared with itself
+    grids = [pair for pair in grids if pair[0] is not first]
+    # Python's sort is stable, and the whole grid must be judged before it judges.
+    for run, grid in sorted(grids, key=lambda pair: not _is_whole(pair[0])):
+        _compare(run, grid, truth, known, span)
+        if _is_whole(run) and run["status"] == "ok":
+            new = [c for c in run["columns"] if c not in known]
+            truth[:, new] = grid[:, [run["columns"].index(c) for c in new]]
+            known |= set(new)
 
 
-def _widen(grid: Tensor, width: int) -> Tensor:
-    out = torch.full((grid.shape[0], width), torch.nan)
-    out[:, : grid.shape[1]] = grid
-    return out
+def _is_whole(run: Row) -> bool:
+    return (run["contender"], run["variant"]) == WHOLE_GRID
 
 
-def _spread(run: Row, grid: Tensor) -> Tensor:
-    """The chosen columns at their places, NaN at the others."""
-    out = torch.full((grid.shape[0], max(run["columns"]) + 1), torch.nan)
-    out[:, run["columns"]] = grid
-    return out
-
-
-def _compare(run: Row, grid: Tensor, truth: Tensor, span: float) -> None:
+def _compare(run: Row, grid: Tensor, truth: Tensor, known: set[int], span: float) -> None:
     wanted = (truth.shape[0], len(run["columns"]))
     if tuple(grid.shape) != wanted:
         _fail(run, f"its grid is {list(grid.shape)}, not {list(wanted)}")
         return
-    there = _spread(run, grid)
-    width = min(there.shape[1], truth.shape[1])
-    there, truth = there[:, :width], truth[:, :width]
-    chosen = torch.zeros(width, dtype=torch.bool)
-    chosen[[column for column in run["columns"] if column < width]] = True
-    both = chosen & ~truth.isnan()
-    error = float((there - truth).abs()[both].max()) if both.any() else float("nan")
+    both = [(i, c) for i, c in enumerate(run["columns"]) if c in known]
+    if not both:
+        _fail(run, "not checked, for no cell of it is in TransformerLens's grid")
+        return
+    mine, theirs = (list(indices) for indices in zip(*both, strict=True))
+    error = float((grid[:, mine] - truth[:, theirs]).abs().max())
     low = "bf16" in run["variant"]
     limit = LOW_PRECISION * span if low else EXACT
     run["check"] = {
@@ -84,7 +76,7 @@ def _compare(run: Row, grid: Tensor, truth: Tensor, span: float) -> None:
         "range": span,
         "error_over_range": error / span if span else float("nan"),
         "limit": limit,
-        "cells": int(both.sum()),
+        "cells": truth.shape[0] * len(both),
     }
     if not error <= limit:
         asked = f"{LOW_PRECISION:.1%} of the range {span:.3g}" if low else f"{EXACT:g}"
