@@ -31,15 +31,10 @@ FORWARDS = 5  # timed before each sweep and after the last
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, Any]:
-    """How long it took, and what it returned; the collector waits meanwhile."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        result = function()
-        return time.perf_counter() - start, result
-    finally:
-        gc.enable()
+    """How long it took, and what it returned."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
 
 
 def product_gflops(d: int) -> float:
@@ -80,6 +75,9 @@ def measure(
 
     forward()
     contender.warm()
+    # The collector stays on, for a sweep of minutes may need it, but need not visit the modules.
+    gc.collect()
+    gc.freeze()
     held = peak = 0.0
     grid = torch.empty(0)
     while len(times) < reps or (sum(times) < spend and len(times) < most):
@@ -91,6 +89,7 @@ def measure(
             peak = memory_peak()
         times.append(took)
     beside()
+    gc.unfreeze()
     row = {
         "seconds": times,
         "forward_ms": forwards,
