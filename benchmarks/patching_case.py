@@ -90,7 +90,9 @@ class Question:
         model: a GPT2LMHeadModel loaded from it, in eval mode.
         clean: [1, length] int64, the run that activations are taken from.
         corrupted: [1, length] int64, the run that they are put into.
-        columns: which columns of the grid are wanted; a contender may compute all.
+        columns: which columns of the grid are wanted.
+        between: a contender that sweeps layer by layer calls it after each layer; time spent in it
+            is not the sweep's.
     """
 
     sweep: Sweep
@@ -99,10 +101,7 @@ class Question:
     clean: Tensor
     corrupted: Tensor
     columns: list[int]
-
-    def cells(self) -> list[tuple[int, int]]:
-        """(layer, column) of every wanted cell, layer by layer."""
-        return [(layer, c) for layer in range(self.sweep.shape.layers) for c in self.columns]
+    between: Callable[[], None] = lambda: None
 
     def part(self, column: int) -> slice:
         """Where z of head `column` lies in the model width."""

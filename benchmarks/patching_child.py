@@ -8,6 +8,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CONTENDERS = {
     "torch": ("benchmarks.peers.bench_torch_hooks", "transformers"),
 }
 OURS, JUDGE = "microtome", "transformer_lens"
-FORWARDS = 5  # timed before each sweep and after the last
+FORWARDS = 3  # timed before each sweep and after the last, beside those between layers
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, Any]:
@@ -37,63 +38,90 @@ def seconds(function: Callable[[], object]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def product_gflops(d: int) -> float:
-    """Rate of a float32 product [2048, d] x [d, 4 d] now, into memory that is there."""
-    x, weight, out = torch.ones(2048, d), torch.ones(4 * d, d), torch.empty(2048, 4 * d)
-    torch.mm(x, weight.T, out=out)
-    took, _ = seconds(lambda: torch.mm(x, weight.T, out=out))
-    return 2 * 2048 * d * 4 * d / took / 1e9
+class Beside:
+    """Plain forwards of the model and a product, timed before, within and after sweeps.
+
+    Attributes:
+        forward_ms: one a forward.
+        product_gflops: one a product.
+        paused: seconds spent in `between` since it was last set to zero.
+    """
+
+    def __init__(self, asked: Question) -> None:
+        d = asked.sweep.shape.d
+        self.asked = asked
+        # [2048, d] x [d, 4 d], held throughout, so that it adds nothing to a sweep's peak.
+        self.operands = torch.ones(2048, d), torch.ones(d, 4 * d), torch.zeros(2048, 4 * d)
+        self.forward_ms: list[float] = []
+        self.product_gflops: list[float] = []
+        self.paused = 0.0
+
+    def forward(self) -> object:
+        """What a sweep is counted in."""
+        return self.asked.model(self.asked.corrupted).logits
+
+    def between(self, forwards: int = 1) -> None:
+        """Time some forwards and a product."""
+        start = time.perf_counter()
+        self.forward_ms.extend(1e3 * seconds(self.forward)[0] for _ in range(forwards))
+        x, weight, out = self.operands
+        took, _ = seconds(lambda: torch.mm(x, weight, out=out))
+        self.product_gflops.append(2 * x.numel() * weight.shape[1] / took / 1e9)
+        self.paused += time.perf_counter() - start
 
 
 def measure(
-    contender: Contender, question: Question, *, reps: int, spend: float, most: int
+    prepare: Callable[[Question], Contender],
+    asked: Question,
+    *,
+    reps: int,
+    spend: float,
+    most: int,
 ) -> tuple[Row, Tensor]:
-    """Time sweeps, with plain forwards of the model before each and after the last.
+    """Time sweeps, with plain forwards of the model before, between their layers, and after.
 
     Args:
-        contender: what is measured.
-        question: what it was prepared for.
+        prepare: makes the contender.
+        asked: what it is to answer.
         reps: how many sweeps at least.
         spend: more sweeps follow until this many seconds are spent on them.
         most: how many at most.
 
     Returns:
         The row: seconds (a sweep each, of the chosen columns), forward_ms, product_gflops,
-        working_mib (peak of the first sweep beyond what was held before it); and the grid of the
-        last sweep.
+        setup_mib (held by what `prepare` made), working_mib (peak of the first sweep beyond what
+        was held before it); and the grid of the last sweep.
     """
-    times: list[float] = []
-    forwards: list[float] = []
-    rates: list[float] = []
-
-    def forward() -> object:
-        return question.model(question.corrupted).logits
-
-    def beside() -> None:
-        forwards.extend(1e3 * seconds(forward)[0] for _ in range(FORWARDS))
-        rates.append(product_gflops(question.sweep.shape.d))
-
-    forward()
+    beside = Beside(asked)
+    beside.between()
+    before = memory_mark()
+    contender = prepare(replace(asked, between=beside.between))
+    setup = memory_mark() - before
     contender.warm()
+    beside.forward_ms.clear()
+    beside.product_gflops.clear()
     # The collector stays on, for a sweep of minutes may need it, but need not visit the modules.
     gc.collect()
     gc.freeze()
+    times: list[float] = []
     held = peak = 0.0
     grid = torch.empty(0)
     while len(times) < reps or (sum(times) < spend and len(times) < most):
-        beside()
+        beside.between(FORWARDS)
         if not times:
             held = memory_mark()
+        beside.paused = 0.0
         took, grid = seconds(contender.run)
         if not times:
             peak = memory_peak()
-        times.append(took)
-    beside()
+        times.append(took - beside.paused)
+    beside.between(FORWARDS)
     gc.unfreeze()
     row = {
         "seconds": times,
-        "forward_ms": forwards,
-        "product_gflops": rates,
+        "forward_ms": beside.forward_ms,
+        "product_gflops": beside.product_gflops,
+        "setup_mib": setup,
         "working_mib": peak - held,
     }
     return row, grid.detach().float().cpu()
@@ -128,16 +156,8 @@ def run_contender(request: Mapping[str, Any], report: Callable[[Row], None]) -> 
             stride = request["strides"].get(variant, 1)
             try:
                 asked = question(sweep, Path(request["folder"]), stride=stride)
-                before = memory_mark()
-                contender = prepare(asked)
-                row["setup_mib"] = memory_mark() - before
-                figures, grid = measure(
-                    contender,
-                    asked,
-                    reps=request["reps"],
-                    spend=request["spend"],
-                    most=request["most"],
-                )
+                limits = {name: request[name] for name in ("reps", "spend", "most")}
+                figures, grid = measure(prepare, asked, **limits)
                 file = Path(request["grids"]) / f"{len(list(Path(request['grids']).iterdir()))}.pt"
                 torch.save(grid, file)
                 row.update(figures, stride=stride, columns=asked.columns, grid=str(file))

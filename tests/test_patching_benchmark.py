@@ -258,7 +258,9 @@ def test_both_loops_of_plain_torch_find_one_grid_and_its_no_op_cells(tmp_path, s
     }
     patching_child.run_contender(request, rows.append)
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
-    assert len(rows[0]["forward_ms"]) == 2 * patching_child.FORWARDS
+    # Before, after, and after each layer.
+    assert len(rows[0]["forward_ms"]) == 2 * patching_child.FORWARDS + sweep.shape.layers
+    assert all(row["seconds"][0] > 0 for row in rows)
     part, whole = (torch.load(row["grid"]) for row in rows)
     assert rows[0]["columns"] == sweep.chosen(2)
     torch.testing.assert_close(part, whole[:, rows[0]["columns"]])

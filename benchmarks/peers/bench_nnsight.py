@@ -49,6 +49,7 @@ def trace_a_cell(question: Question) -> Contender:
                         logits = model.lm_head.output
                         score = (logits[0, -1, good] - logits[0, -1, bad]).save()
                 scores[layer, i] = score
+            question.between()
         return scores
 
     return Contender(lambda: swept(question.columns), lambda: swept(question.columns[:1]))
@@ -78,6 +79,7 @@ def invoke_a_cell(question: Question) -> Contender:
                         logits = model.lm_head.output
                         row.append(logits[0, -1, good] - logits[0, -1, bad])
             scores[layer] = torch.stack(row)
+            question.between()
         return scores
 
     return Contender(lambda: swept(question.columns), lambda: swept(question.columns[:1]))

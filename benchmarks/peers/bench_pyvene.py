@@ -45,6 +45,7 @@ def _sweep(question: Question, *, given: bool) -> Contender:
                     **source,
                 )
                 scores[layer, i] = metric(output.logits)
+            question.between()
         return scores
 
     return Contender(lambda: swept(question.columns), lambda: swept(question.columns[:1]))

@@ -62,6 +62,7 @@ def hook_a_cell(question: Question) -> Contender:
 
                 with module.register_forward_pre_hook(patch):
                     scores[layer, i] = metric(question.model(question.corrupted).logits)
+            question.between()
         return scores
 
     return Contender(lambda: swept(question.columns), lambda: swept(question.columns[:1]))
@@ -87,6 +88,7 @@ def rows_of_a_layer(question: Question) -> Contender:
 
             with module.register_forward_pre_hook(patch):
                 scores[layer] = row_metric(question.model(batch).logits)
+            question.between()
         return scores
 
     return Contender(lambda: swept(question.columns), lambda: swept(question.columns[:1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,17 @@ def act_patch(question: Question) -> Contender:
     layers = question.sweep.shape.layers
 
     def swept(columns: list[int] | None) -> Tensor:
+        cells_of_a_layer = len(columns or question.columns)
+        seen = itertools.count(1)
+
+        def measured(logits: Tensor) -> Tensor:
+            score = metric(logits)
+            if next(seen) % cells_of_a_layer == 0:
+                question.between()
+            return score
+
         _, cache = model.run_with_cache(question.clean)
-        arguments: tuple[Any, ...] = (model, question.corrupted, cache, metric)
+        arguments: tuple[Any, ...] = (model, question.corrupted, cache, measured)
         if question.sweep.site == "z":
             if columns is None:
                 return patching.get_act_patch_attn_head_out_all_pos(*arguments)
