@@ -43,6 +43,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", default="patching", help="of the JSON: <name>-<isa>.json")
+    parser.add_argument(
+        "--merge", action="store_true", help="keep an existing JSON's sweeps that are not run again"
+    )
     parser.add_argument("--peer-reps", type=int, default=1, help="sweeps of a peer (1)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch and kernels (2)")
     parser.add_argument(
@@ -148,18 +151,22 @@ def main(arguments: list[str]) -> int:
         return 0
     sweeps, contenders = chosen(options.only)
     path = options.out / f"{options.name}-{machine.isa()}.json"
+    old = json.loads(path.read_text()) if options.merge and path.exists() else {}
     result: dict[str, Any] = {
         "kind": "patching",
         "machine": machine.describe(options.threads),
-        "sweeps": {},
-        "rows": [],
-        "runs": [],
+        # A sweep is replaced whole, for its ratios and its checks hold within one run only.
+        "sweeps": {k: v for k, v in old.get("sweeps", {}).items() if k not in sweeps},
+        "rows": [row for row in old.get("rows", []) if row["sweep"] not in sweeps],
+        "runs": [row for row in old.get("runs", []) if row["sweep"] not in sweeps],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for name in sweeps:
         sweep = SWEEPS[name]
         runs = runs_of(name, contenders, options)
         result["sweeps"][name] = {
+            "date": result["machine"]["date"],
+            "commit": result["machine"]["commit"],
             "site": sweep.site,
             "length": sweep.length,
             "first": sweep.first,

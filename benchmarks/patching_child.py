@@ -88,7 +88,9 @@ def measure(
         most: how many at most.
 
     Returns:
-        The row: seconds (a sweep each, of the chosen columns), forward_ms, product_gflops,
+        The row: seconds (a sweep each, of the chosen columns), busy (processor time over elapsed
+        time and threads, a sweep each; low where others had the processor or the process was
+        stopped), forward_ms, product_gflops,
         setup_mib (held by what `prepare` made), working_mib (peak of the first sweep beyond what
         was held before it); and the grid of the last sweep.
     """
@@ -104,6 +106,7 @@ def measure(
     gc.collect()
     gc.freeze()
     times: list[float] = []
+    busy: list[float] = []
     held = peak = 0.0
     grid = torch.empty(0)
     while len(times) < reps or (sum(times) < spend and len(times) < most):
@@ -111,14 +114,17 @@ def measure(
         if not times:
             held = memory_mark()
         beside.paused = 0.0
+        cpu = time.process_time()
         took, grid = seconds(contender.run)
         if not times:
             peak = memory_peak()
+        busy.append((time.process_time() - cpu) / took / torch.get_num_threads())
         times.append(took - beside.paused)
     beside.between(FORWARDS)
     gc.unfreeze()
     row = {
         "seconds": times,
+        "busy": busy,
         "forward_ms": beside.forward_ms,
         "product_gflops": beside.product_gflops,
         "setup_mib": setup,

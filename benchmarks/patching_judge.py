@@ -20,7 +20,7 @@ EXACT = 1e-5  # largest allowed error of a score, in units of the metric
 LOW_PRECISION = 5e-3  # of a variant named for its low precision, over the range of the grid
 # It answers for the cells that the judge leaves out, once it agrees on those that both did.
 WHOLE_GRID = ("torch", "a batch a layer, a row a cell")
-FIGURES = ("seconds", "forward_ms", "product_gflops", "working_mib", "setup_mib")
+FIGURES = ("seconds", "busy", "forward_ms", "product_gflops", "working_mib", "setup_mib")
 
 
 def judge(runs: list[Row], columns: int) -> None:
@@ -98,7 +98,7 @@ def summarise(runs: list[Row], sweep: Sweep) -> list[Row]:
 
     Returns:
         Rows with status, seconds (median, of the whole grid), spread (least and most), reps,
-        part (chosen over all columns), forward_ms (median beside it), forwards (seconds in forwards
+        busy (the least of its sweeps), part (chosen over all columns), forward_ms (median beside it), forwards (seconds in forwards
         of the same child), check (the worst), working_mib, setup_mib, and for a peer `ours`:
         variant of ours -> ratio (its seconds over ours of the children right before and after),
         ratio_range (quickest over slowest, slowest over quickest), ratio_in_forwards.
@@ -122,6 +122,7 @@ def _row(mine: list[Row], runs: list[Row], sweep: Sweep) -> Row:
         seconds=statistics.median(times),
         spread=[min(times), max(times)],
         reps=len(times),
+        busy=min(_pooled(mine, "busy")),
         part=len(mine[0]["columns"]) / sweep.columns,
         forward_ms=statistics.median(forwards),
         forward_ms_spread=[min(forwards), max(forwards)],

@@ -40,7 +40,17 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
         row["variant"] for row in rows if row["contender"] == OURS and row["status"] == "ok"
     ]
     heads = [
-        *("contender", "how", "s", "least - most", "forwards", "error", "of range", "peak MiB"),
+        *(
+            "contender",
+            "how",
+            "s",
+            "least - most",
+            "busy",
+            "forwards",
+            "error",
+            "of range",
+            "peak MiB",
+        ),
         *(f"x {variant}" for variant in variants),
     ]
     lines = [_line(heads), "|" + "---|" * len(heads)]
@@ -48,7 +58,7 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
     for row in rows:
         if row["status"] != "ok":
             problem = f"{row['status']}: {row['error']}" if "error" in row else row["status"]
-            lines.append(_line([row["contender"], row["variant"], problem, *[""] * 5, *blank]))
+            lines.append(_line([row["contender"], row["variant"], problem, *[""] * 6, *blank]))
             continue
         low, high = row["spread"]
         check, ours = row["check"], row.get("ours", {})
@@ -60,6 +70,7 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
                     row["variant"] + part,
                     f"{row['seconds']:.2f}",
                     f"{low:.2f} - {high:.2f}",
+                    f"{row['busy']:.0%}",
                     f"{row['forwards']:.1f}",
                     *_agreement(check),
                     f"{row['working_mib']:.0f}",
@@ -70,7 +81,7 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
     for name, how in (("all", "every cell"), ("changed", "changed cells")):
         floor = floors.get(name, {})
         if "seconds" in floor:
-            said = [f"{floor['seconds']:.2f}", "", f"{floor['forwards']:.1f}"]
+            said = [f"{floor['seconds']:.2f}", "", "", f"{floor['forwards']:.1f}"]
             flops = f"{how}, {floor['flops'] / 1e9:.0f} GFLOP"
             lines.append(_line(["floor", flops, *said, "", "", "", *blank]))
     return lines

@@ -107,6 +107,7 @@ def run(contender: str, variant: str, order: int, scores: Any, **more: Any) -> d
         "order": order,
         "status": "ok",
         "seconds": [1.0],
+        "busy": [0.9],
         "forward_ms": [10.0],
         "product_gflops": [100.0],
         "working_mib": 5.0,
@@ -224,9 +225,11 @@ def test_the_table_shows_times_failures_and_floors_and_a_readme_may_quote_it():
     )
     said = json.loads(json.dumps(result(runs)))
     table = render.markdown(said)
-    assert "| microtome | fp32 | 0.25 | 0.25 - 0.25 | 25.0 | 0.0e+00 | 0.00% | 5 |  |" in table
     assert (
-        "| transformer_lens | get_act_patch | 2.53 | 2.53 - 2.53 | 253.0 | judge |  | 5 | 10.1 |"
+        "| microtome | fp32 | 0.25 | 0.25 - 0.25 | 90% | 25.0 | 0.0e+00 | 0.00% | 5 |  |" in table
+    )
+    assert (
+        "| transformer_lens | get_act_patch | 2.53 | 2.53 - 2.53 | 90% | 253.0 | judge |  | 5 | 10.1 |"
         in table
     )
     assert "| torch | a hook a cell | FAILED: disagrees with TransformerLens by 1, more" in table
