@@ -98,10 +98,11 @@ def summarise(runs: list[Row], sweep: Sweep) -> list[Row]:
 
     Returns:
         Rows with status, seconds (median, of the whole grid), spread (least and most), reps,
-        busy (the least of its sweeps), part (chosen over all columns), forward_ms (median beside it), forwards (seconds in forwards
-        of the same child), check (the worst), working_mib, setup_mib, and for a peer `ours`:
-        variant of ours -> ratio (its seconds over ours of the children right before and after),
-        ratio_range (quickest over slowest, slowest over quickest), ratio_in_forwards.
+        busy (the least of its sweeps), part (chosen over all columns), forward_ms (median beside
+        it), forwards (seconds in forwards of the same child), check (the worst), working_mib,
+        setup_mib, and for a peer `ours`: variant of ours -> ratio (its seconds over ours of the
+        children right before and after), ratio_range (quickest over slowest, slowest over
+        quickest), ratio_in_forwards.
     """
     keys = dict.fromkeys((run["contender"], run["variant"]) for run in runs)
     return [
