@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -15,16 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 # A peer's ways that run one forward a cell take minutes at 64 tokens, so there they do every fourth
 # position. The batched way of plain torch does them all and judges ours where the others did not.
-STRIDES = {
-    "resid-64": {
-        "get_act_patch": 4,
-        "a trace a cell": 4,
-        "a trace a layer, an invoke a cell": 4,
-        "sources": 4,
-        "source_representations": 4,
-        "a hook a cell": 4,
-    }
-}
+STRIDES = dict.fromkeys(
+    (
+        "get_act_patch",
+        "a trace a cell",
+        "a trace a layer, an invoke a cell",
+        "sources",
+        "source_representations",
+        "a hook a cell",
+    ),
+    4,
+)
+STRIDED = ("resid-64", "resid-64-all")
 # Ours: at least two sweeps a child, more while they are quick. A peer's is timed once.
 REPS = {"microtome": {"reps": 2, "spend": 3.0, "most": 5}}
 PEER_REPS = {"reps": 1, "spend": 0.0, "most": 1}
@@ -38,8 +41,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="WORD",
-        help="sweeps (resid-16 head-16 resid-64 head-64) or contenders (microtome nnsight pyvene "
-        "torch); transformer_lens always runs, for its grid judges the others",
+        help="sweeps (resid-16 head-16 resid-64 head-64, each also with -all) or contenders "
+        "(microtome nnsight pyvene torch); transformer_lens always runs, for it judges the others",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", default="patching", help="of the JSON: <name>-<isa>.json")
@@ -82,6 +85,18 @@ def chosen(only: list[str]) -> tuple[list[str], list[str]]:
     return sweeps, [word for word in CONTENDERS if word in words or word == JUDGE]
 
 
+def narrowed(sweep: str, contenders: list[str], only: list[str]) -> list[str]:
+    """The contenders of one sweep: fewer where all tokens differ, unless they are named.
+
+    A peer's time does not depend on the prompts; only ours leaves out what they do not change.
+    """
+    from benchmarks.patching_child import JUDGE, OURS
+
+    if not sweep.endswith("-all"):
+        return contenders
+    return [name for name in contenders if name in (OURS, JUDGE) or name in only]
+
+
 def order(contenders: list[str]) -> list[str]:
     """The children of a sweep: ours before and after each peer, so that a ratio has both sides."""
     from benchmarks.patching_child import OURS
@@ -114,7 +129,7 @@ def runs_of(name: str, contenders: list[str], options: argparse.Namespace) -> li
                 "sweep": asdict(sweep),
                 "folder": str(folder),
                 "variants": [],
-                "strides": STRIDES.get(name, {}),
+                "strides": STRIDES if name in STRIDED else {},
                 **REPS.get(contender, {**PEER_REPS, "reps": options.peer_reps}),
                 "threads": options.threads,
                 "grids": grids,
@@ -155,6 +170,7 @@ def main(arguments: list[str]) -> int:
     result: dict[str, Any] = {
         "kind": "patching",
         "machine": machine.describe(options.threads),
+        "openmp": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_"))},
         # A sweep is replaced whole, for its ratios and its checks hold within one run only.
         "sweeps": {k: v for k, v in old.get("sweeps", {}).items() if k not in sweeps},
         "rows": [row for row in old.get("rows", []) if row["sweep"] not in sweeps],
@@ -163,16 +179,17 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in sweeps:
         sweep = SWEEPS[name]
-        runs = runs_of(name, contenders, options)
+        runs = runs_of(name, narrowed(name, contenders, options.only), options)
         result["sweeps"][name] = {
             "date": result["machine"]["date"],
             "commit": result["machine"]["commit"],
             "site": sweep.site,
             "length": sweep.length,
             "first": sweep.first,
+            "differ": sweep.differ,
             "layers": sweep.shape.layers,
             "columns": sweep.columns,
-            "strides": STRIDES.get(name, {}),
+            "strides": STRIDES if name in STRIDED else {},
             "floors": floor_rows(runs, sweep),
         }
         result["runs"] += runs

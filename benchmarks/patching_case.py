@@ -41,19 +41,22 @@ class Sweep:
     Attributes:
         name: its word on the command line.
         site: "resid_pre" or "z".
-        length: tokens of the prompt; clean and corrupted differ in the one at `first`.
+        length: tokens of the prompt.
         shape: of the model.
+        differ: "one" if clean and corrupted differ in one token, a quarter into the prompt, so that
+            no cell before it can change anything; "all" if they differ in all.
     """
 
     name: str
     site: str
     length: int
     shape: Shape = Shape()
+    differ: str = "one"
 
     @property
     def first(self) -> int:
-        """The position of the token that differs, a quarter into the prompt."""
-        return self.length // 4
+        """The position of the first token that differs."""
+        return self.length // 4 if self.differ == "one" else 0
 
     @property
     def columns(self) -> int:
@@ -76,6 +79,10 @@ SWEEPS = {
         Sweep("head-16", "z", 16),
         Sweep("resid-64", "resid_pre", 64),
         Sweep("head-64", "z", 64),
+        Sweep("resid-16-all", "resid_pre", 16, differ="all"),
+        Sweep("head-16-all", "z", 16, differ="all"),
+        Sweep("resid-64-all", "resid_pre", 64, differ="all"),
+        Sweep("head-64-all", "z", 64, differ="all"),
     )
 }
 
@@ -115,10 +122,12 @@ class Contender(NamedTuple):
     Attributes:
         run: sweeps from the prompts to the grid [layers, columns], the clean run included.
         warm: a small piece of it, untimed: what happens once per process belongs to no sweep.
+        about: what there is to say of the last run, for the JSON.
     """
 
     run: Callable[[], Tensor]
     warm: Callable[[], object]
+    about: Callable[[], dict[str, Any]] = dict
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -171,10 +180,11 @@ def load_model(folder: Path) -> Any:
 
 
 def question(sweep: Sweep, folder: Path, *, stride: int = 1) -> Question:
-    """Load the model and make the prompts: random tokens, one of them another in the corrupted."""
+    """Load the model and make the prompts: random tokens, one or all others in the corrupted."""
     generator = torch.Generator().manual_seed(sweep.length)
     vocabulary = sweep.shape.vocabulary
     clean = torch.randint(vocabulary, (1, sweep.length), generator=generator)
     corrupted = clean.clone()
-    corrupted[0, sweep.first] = (clean[0, sweep.first] + vocabulary // 2) % vocabulary
+    where = slice(sweep.first, sweep.first + 1 if sweep.differ == "one" else None)
+    corrupted[:, where] = (clean[:, where] + vocabulary // 2) % vocabulary
     return Question(sweep, folder, load_model(folder), clean, corrupted, sweep.chosen(stride))

@@ -92,7 +92,7 @@ def measure(
         time and threads, a sweep each; low where others had the processor or the process was
         stopped), forward_ms, product_gflops,
         setup_mib (held by what `prepare` made), working_mib (peak of the first sweep beyond what
-        was held before it); and the grid of the last sweep.
+        was held before it), about (the contender's own); and the grid of the last sweep.
     """
     beside = Beside(asked)
     beside.between()
@@ -129,6 +129,7 @@ def measure(
         "product_gflops": beside.product_gflops,
         "setup_mib": setup,
         "working_mib": peak - held,
+        "about": contender.about(),
     }
     return row, grid.detach().float().cpu()
 

@@ -39,7 +39,7 @@ def changed_cells(sweep: Sweep) -> list[Cell]:
     A residual cell before the first token that differs has equal residuals in both runs, and so has
     one at the first block whose token is the same. Every head is changed.
     """
-    if sweep.site != "resid_pre":
+    if sweep.site != "resid_pre" or sweep.differ == "all":
         return all_cells(sweep)
     first = sweep.first
     return [(i, p) for i, p in all_cells(sweep) if p == first or (p > first and i > 0)]

@@ -20,7 +20,7 @@ EXACT = 1e-5  # largest allowed error of a score, in units of the metric
 LOW_PRECISION = 5e-3  # of a variant named for its low precision, over the range of the grid
 # It answers for the cells that the judge leaves out, once it agrees on those that both did.
 WHOLE_GRID = ("torch", "a batch a layer, a row a cell")
-FIGURES = ("seconds", "busy", "forward_ms", "product_gflops", "working_mib", "setup_mib")
+FIGURES = ("seconds", "busy", "forward_ms", "product_gflops", "working_mib", "setup_mib", "about")
 
 
 def judge(runs: list[Row], columns: int) -> None:
@@ -100,9 +100,9 @@ def summarise(runs: list[Row], sweep: Sweep) -> list[Row]:
         Rows with status, seconds (median, of the whole grid), spread (least and most), reps,
         busy (the least of its sweeps), part (chosen over all columns), forward_ms (median beside
         it), forwards (seconds in forwards of the same child), check (the worst), working_mib,
-        setup_mib, and for a peer `ours`: variant of ours -> ratio (its seconds over ours of the
-        children right before and after), ratio_range (quickest over slowest, slowest over
-        quickest), ratio_in_forwards.
+        setup_mib, about (the last one's), and for a peer `ours`: variant of ours -> ratio (its
+        seconds over ours of the children right before and after), ratio_range (quickest over
+        slowest, slowest over quickest), ratio_in_forwards.
     """
     keys = dict.fromkeys((run["contender"], run["variant"]) for run in runs)
     return [
@@ -131,6 +131,7 @@ def _row(mine: list[Row], runs: list[Row], sweep: Sweep) -> Row:
         check=max((run["check"] for run in mine), key=lambda check: check["error"]),
         working_mib=max(run["working_mib"] for run in mine),
         setup_mib=max(run["setup_mib"] for run in mine),
+        about=mine[-1]["about"],
     )
     if row["contender"] != OURS:
         row["ours"] = _ratios(mine, runs, sweep)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def test_the_floor_of_a_residual_sweep_is_counted_as_by_hand():
     assert floors["all"] == corrupted + clean + sum(cells.values())
     # The second token is the same in both prompts, so its residual at layer 0 is.
     assert floors["changed"] == floors["all"] - cells[0, 1]
+    everywhere = replace(hand("resid_pre"), differ="all")
+    assert patching_floor.floors(everywhere)["changed"] == floors["all"]
 
 
 def test_the_floor_of_a_head_sweep_is_counted_as_by_hand():
@@ -112,6 +114,7 @@ def run(contender: str, variant: str, order: int, scores: Any, **more: Any) -> d
         "product_gflops": [100.0],
         "working_mib": 5.0,
         "setup_mib": 1.0,
+        "about": {},
         "columns": list(range(8)),
         "scores": scores,
         **more,
@@ -283,5 +286,7 @@ def test_ours_runs_before_and_after_each_peer_and_the_judge_always_runs():
     assert sweeps == ["resid-16"]
     ours = "microtome"
     assert patching.order(contenders) == [ours, "transformer_lens", ours, "pyvene", ours]
+    assert patching.narrowed("resid-16-all", contenders, []) == [ours, "transformer_lens"]
+    assert patching.narrowed("resid-16-all", contenders, ["pyvene"]) == contenders
     with pytest.raises(SystemExit, match="--only 'resid' names nothing that can be run"):
         patching.chosen(["resid"])
