@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -21,14 +20,6 @@ CORRUPTED = CLEAN.clone()
 CORRUPTED[0, 3], CORRUPTED[1, 1] = 40, 41
 METRIC = logit_difference([11, 12], [13, 14])
 BY_UNIT = ("position", "head"), ("position", "neuron"), ("position",)
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,14 +19,6 @@ from microtome.testing import families
 CLEAN = torch.tensor([[7, 1, 2, 3, 4, 5]])
 CORRUPTED = torch.tensor([[7, 1, 2, 40, 4, 5]])
 METRIC = logit_difference(11, 13)
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def toy() -> ToyModel:
@@ -264,6 +256,13 @@ def infinite(logits: Tensor) -> Tensor:
         ),
         (
             toy,
+            {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+            errors.ArgumentError,
+            "ToyModel.forward takes no attention_mask, so it cannot leave padding out. Pass "
+            "prompts of one length without padding.",
+        ),
+        (
+            toy,
             {"corrupted": CLEAN, "check": 1},
             errors.ArgumentError,
             "no patch changes anything, so nothing can be checked. Do the runs differ?",
@@ -315,6 +314,11 @@ def test_a_parallel_model_has_no_stream_in_the_middle() -> None:
     text = "^attribute: GPTNeoXForCausalLM has no resid_mid; it has resid_pre, resid_post, attn_out"
     with pytest.raises(errors.SiteError, match=text):
         run(families.build("gpt_neox"), site="resid_mid")
+
+
+def test_a_mask_that_hides_nothing_is_no_mask() -> None:
+    got = run(toy(), attention_mask=torch.ones_like(CLEAN))
+    assert torch.equal(got.scores, run(toy()).scores)
 
 
 def test_equal_runs_have_no_attribution() -> None:

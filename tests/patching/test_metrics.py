@@ -198,7 +198,7 @@ def test_nan_says_where_it_came_from():
     def later(logits: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return logits[:, -1, 0] * (math.nan if calls == 2 + 6 else 1)  # the sixth cell
+        return logits[:, -1, 0] * (math.nan if calls == 3 + 6 else 1)  # the sixth cell
 
     assert fails(NonFiniteError, later) == (
         f"later: the metric is NaN for prompt 0 with the patch at layer 1, position 2. {causes}"

@@ -64,27 +64,29 @@ def run(toy: ToyModel, metric: object, path: Path | None, **how: object) -> Swee
 def test_an_interrupted_sweep_goes_on_with_the_rest_alone(toy, path, engine):
     metric, _ = counting()
     whole = run(toy, metric, None, engine=engine)
-    metric, _ = counting(stop_at=2 + 11)  # two unpatched runs, then in the fourth group
+    metric, _ = counting(
+        stop_at=3 + 11
+    )  # what it reads, two unpatched runs, then in the fourth group
     with pytest.raises(KeyboardInterrupt):
         run(toy, metric, path, engine=engine)
     metric, calls = counting()
     again = run(toy, metric, path, engine=engine)
-    assert calls == [2 + 11]
+    assert calls == [3 + 11]
     assert torch.equal(again.by_prompt, whole.by_prompt)
     assert torch.equal(again.written, whole.written)
     metric, calls = counting()
     once_more = run(toy, metric, path, engine=engine)  # finished: it answers at once
-    assert calls == [2]
+    assert calls == [3]
     assert torch.equal(once_more.by_prompt, whole.by_prompt)
 
 
 def test_an_ablation_goes_on_too(toy, path):
     whole = ablate(toy, CLEAN, counting()[0], progress=False)
     with pytest.raises(KeyboardInterrupt):
-        ablate(toy, CLEAN, counting(stop_at=1 + 8)[0], progress=False, resume=path)
+        ablate(toy, CLEAN, counting(stop_at=2 + 8)[0], progress=False, resume=path)
     metric, calls = counting()
     again = ablate(toy, CLEAN, metric, progress=False, resume=path)
-    assert calls == [1 + 16 - 6]
+    assert calls == [2 + 16 - 6]
     assert torch.equal(again.by_prompt, whole.by_prompt)
 
 
@@ -181,7 +183,7 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(toy, tmp_path):
     metric, calls = counting()
     with pytest.raises(StoreError) as caught:
         run(toy, metric, tmp_path / "nowhere" / "sweep.part")
-    assert calls == [2]
+    assert calls == [3]
     assert str(caught.value).startswith(f"sweep: cannot write {tmp_path}/nowhere/sweep.part (")
     with pytest.raises(StoreError, match="holds no interrupted sweep"):
         run(toy, LAST, tmp_path)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome._seed import generator
 from microtome.errors import ArgumentError, NonFiniteError
+from microtome.models.capture import takes_mask
 from microtome.patching.cells import AXES, Grid, Shape, make_grid
 from microtome.patching.chosen_cells import run_chosen
-from microtome.patching.engine import engine_for
+from microtome.patching.engine import engine_for, no_mask
 from microtome.patching.estimate import Attribution, Faithfulness, compare
 from microtome.patching.gradients import frozen, places_of
 from microtome.patching.metrics import Metric, as_metric
@@ -125,6 +126,10 @@ def attribute(
         )
         raise ArgumentError(msg)
     span = spans(op, base, attention_mask)
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    if attention_mask is not None and not takes_mask(model):
+        raise ArgumentError(no_mask(op, model))
     places = places_of(op, model, site)
     wanted = range(len(places.sites)) if layers is None else dict.fromkeys(int(i) for i in layers)
     found = [i for i in wanted if 0 <= i < len(places.sites)] or [0]  # make_grid names the others

@@ -14,15 +14,9 @@ from microtome.patching.values import run_values
 
 
 @dataclass(frozen=True)
-class ChosenCells:
-    """Some cells of a grid in a row.
+class _Chosen(GridCells):
+    """Some cells of a grid; `numbers` [n] int64 are theirs in the whole grid."""
 
-    Attributes:
-        whole: all of them.
-        numbers: [n] int64, which, in the flattened grid.
-    """
-
-    whole: GridCells
     numbers: Tensor
 
     @property
@@ -30,22 +24,17 @@ class ChosenCells:
         """How many there are."""
         return len(self.numbers)
 
-    @property
-    def writes_a_cell(self) -> int:
-        """At most."""
-        return self.whole.writes_a_cell
-
     def plan(self, cells: Tensor) -> Plan:
         """Their writes."""
-        return self.whole.plan(self.numbers[cells])
+        return super().plan(self.numbers[cells])
 
     def place(self, cell: int) -> str:
         """Where a cell lies, for messages."""
-        return self.whole.place(int(self.numbers[cell]))
+        return super().place(int(self.numbers[cell]))
 
     def describe(self) -> str:
-        """The grid and which of its cells."""
-        return repr((self.whole.describe(), self.numbers.tolist()))
+        """Tells these cells from others."""
+        return repr((super().describe(), self.numbers.tolist()))
 
 
 def run_chosen(
@@ -67,7 +56,7 @@ def run_chosen(
     Returns:
         Scores [n, b], and the unpatched run's [b].
     """
-    whole = GridCells(grid, engine.shape, lambda layers: run_values(engine, grid, layers))
-    job = Job(ChosenCells(whole, numbers), metric, base)
+    cells = _Chosen(grid, engine.shape, lambda layers: run_values(engine, grid, layers), numbers)
+    job = Job(cells, metric, base)
     found = execute(op, engine, job, memory=memory, progress=progress, resume=None)
     return found.scores, found.clean if base == "clean" else found.corrupted

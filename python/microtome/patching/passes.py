@@ -29,6 +29,7 @@ class Judge:
     def __init__(self, metric: Metric, shape: Shape, base: str, logits: Tensor) -> None:
         self.metric, self.b = metric, shape.b
         self.slots = metric.slots(shape.first, shape.stop, shape.t)
+        self.padding = (self.slots < shape.first[:, None]) | (self.slots >= shape.stop[:, None])
         self.columns = metric.columns(shape.b, logits.shape[-1])
         self.by_base = metric.reference == base
         self.other = self._read(logits)  # [1, b, m, c]
@@ -49,9 +50,10 @@ class Judge:
         return self.metric(self._read(logits), self.reference)
 
     def _read(self, logits: Tensor) -> Tensor:
-        """[n, b, m, c]: what the metric reads."""
+        """[n, b, m, c]: what the metric reads, NaN where there is padding, as in a sweep."""
         runs = logits.unflatten(0, (-1, self.b))
-        return torch.stack([chosen(run, self.slots, self.columns) for run in runs])
+        read = torch.stack([chosen(run, self.slots, self.columns) for run in runs])
+        return read.masked_fill(self.padding.to(read.device)[..., None], torch.nan)
 
 
 def one_pass(
