@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class HookEngine:
         if skip:
             self.note = self._why_not_skip()
             self.name = "forwards" if self.note else "blocks"
+        self.shape = replace(self.shape, chained=self.name == "blocks")
 
     def lacks(self, site: str) -> str:
         """Why the model has no sites of this kind, or an empty string."""
