@@ -67,10 +67,12 @@ class ListedCells:
     """Cells as lists of `Write`.
 
     Attributes:
+        op: name for messages.
         engine: that will run them; prompts b ... of its run are the source prompts.
         writes: of each cell.
     """
 
+    op: str
     engine: Engine
     writes: Sequence[Sequence[Write]]
 
@@ -119,22 +121,24 @@ class ListedCells:
     ) -> None:
         """The rows of one write of one cell."""
         shape = self.engine.shape
-        site, layer = _place(write.site, self.engine)
+        site, layer = _place(self.op, write.site, self.engine)
         place = at_stage(site, layer)
         b, t = shape.b, shape.t
         position = torch.arange(t)
         if write.positions is not None:
-            _check.between("patch", "position", write.positions, -t, t - 1)
+            _check.between(self.op, "position", write.positions, -t, t - 1)
             position = torch.tensor([write.positions % t])
         prompt = torch.arange(b).repeat_interleave(len(position))
         at = position.repeat(b)
         counts = (at >= shape.first[prompt]) & (at < shape.stop[prompt])
         code = CODES[write.op]
-        for lo, hi in _ranges(write, site, shape):
+        for lo, hi in _ranges(self.op, write, site, shape):
             n = len(at)
             source = torch.full((n,), -1)
             if code in (REPLACE, ADD):
-                table = tables.setdefault(place, [self.engine.activation(*place)])
+                if place not in tables:  # a pattern is formed anew each time it is asked for
+                    tables[place] = [self.engine.activation(*place)]
+                table = tables[place]
                 if write.reads_source and write.op != "mean":
                     source = (prompt + b) * t + at
                 else:
@@ -176,7 +180,7 @@ class ListedCells:
         positions = shape.t if write.positions is None else 1
         whole = torch.zeros(shape.b, positions, *_split(site, shape)).to(like)
         index = (slice(None), slice(None), *_index(write, site))
-        whole[index] = _aligned(value, write, site, whole[index])
+        whole[index] = _aligned(self.op, value, write, site, whole[index])
         out[:, lo:hi] = whole.flatten(2).flatten(0, 1)[:, lo:hi]
         return out
 
@@ -200,7 +204,7 @@ def patch(
         model: as in `sweep`.
         base: [b, t] int64, the run that is patched.
         source: [b, t], the run that values come from, or None if no write reads it.
-        metric: as in `sweep`.
+        metric: as in `sweep`. To `kl_divergence` the base run is "clean", the source "corrupted".
         cells: the writes of each cell, at any sites and layers. A cell without writes is the base
             run.
         attention_mask: [b, t] of both runs.
@@ -224,8 +228,9 @@ def patch(
         torch.Size([2, 1])
     """
     job, ready = _job(
-        "patch", model, base, source, metric, cells, attention_mask, precision, memory, engine
-    )
+        "patch", model, base, source, metric, cells, "clean", attention_mask, precision, memory,
+        engine,
+    )  # fmt: skip
     return execute("patch", ready, job, memory=memory, progress=progress, resume=None).scores
 
 
@@ -266,20 +271,23 @@ def pairs(
     """
     _check.one_of("pairs", "direction", direction, ("denoise", "noise"))
     clean, corrupted = pair("pairs", model, clean, corrupted, attention_mask)
-    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    base, source, name = clean, corrupted, "clean"
+    if direction == "denoise":
+        base, source, name = corrupted, clean, "corrupted"
     k = len(writes)
     i, j = torch.triu_indices(k, k, 1)
     cells: list[list[Write]] = [[write] for write in writes]
     cells += [[writes[a], writes[c]] for a, c in zip(i.tolist(), j.tolist(), strict=True)]
     job, ready = _job(
-        "pairs", model, base, source, metric, cells, attention_mask, precision, memory, engine
-    )
+        "pairs", model, base, source, metric, cells, name, attention_mask, precision, memory,
+        engine,
+    )  # fmt: skip
     found = execute("pairs", ready, job, memory=memory, progress=progress, resume=None)
     scores = found.scores.mean(1)
     together = torch.diag(scores[:k])
     together[i, j] = together[j, i] = scores[k:]
-    # `execute` calls the prompts that are patched clean when it is told of one set alone.
-    return Pairs(scores[:k], together, float(found.clean.mean()), job.metric.name)
+    unpatched = found.corrupted if direction == "denoise" else found.clean
+    return Pairs(scores[:k], together, float(unpatched.mean()), job.metric.name)
 
 
 def _job(
@@ -289,12 +297,13 @@ def _job(
     source: Tensor | None,
     metric: Metric | Callable[[Tensor], Tensor],
     cells: Sequence[Sequence[Write]],
+    name: str,
     mask: Tensor | None,
     precision: str,
     memory: int,
     engine: str,
 ) -> tuple[Job, Engine]:
-    """Cells ready to run; the patched prompts go under the name "clean"."""
+    """Cells ready to run; `name` is what metrics call the base run, "clean" or "corrupted"."""
     if source is None:
         base = one(op, model, base, mask)
         if any(write.reads_source for cell in cells for write in cell):
@@ -307,20 +316,20 @@ def _job(
         op, model, base, other, mask, paired=source is not None, precision=precision,
         memory=memory, engine=engine, site="",
     )  # fmt: skip
-    job = Job(ListedCells(ready, cells), as_metric(op, metric), "clean", ablation=source is None)
-    return job, ready
+    listed = ListedCells(op, ready, cells)
+    return Job(listed, as_metric(op, metric), name, ablation=source is None), ready
 
 
-def _place(name: str, engine: Engine) -> tuple[str, int]:
+def _place(op: str, name: str, engine: Engine) -> tuple[str, int]:
     """Kind and layer of a site."""
     kind, _, layer = name.partition(".")
     layers = engine.shape.layers
     if kind not in (*STAGES, "resid_post") or not layer.isdigit() or int(layer) >= layers:
         has = ", ".join((*STAGES, "resid_post"))
-        msg = f"patch: no site {name!r}; there are {has}, each with a layer, .0 to .{layers - 1}."
+        msg = f"{op}: no site {name!r}; there are {has}, each with a layer, .0 to .{layers - 1}."
         raise SiteError(msg)
     if why := engine.lacks(kind):
-        msg = f"patch: {why}. Choose another site."
+        msg = f"{op}: {why}. Choose another site."
         raise SiteError(msg)
     return kind, int(layer)
 
@@ -340,22 +349,23 @@ def _index(write: Write, site: str) -> tuple[Any, ...]:
     return (slice(None) if write.heads is None else write.heads, units)
 
 
-def _ranges(write: Write, site: str, shape: Shape) -> list[tuple[int, int]]:
+def _ranges(op: str, write: Write, site: str, shape: Shape) -> list[tuple[int, int]]:
     """Runs of neighbouring columns that a write touches, in order."""
     layout = _split(site, shape)
     if write.heads is not None:
         if site not in HEADED:
-            msg = f"patch: {write.site} has no heads, got heads={write.heads}. Leave heads out."
+            msg = f"{op}: {write.site} has no heads, got heads={write.heads}. Leave heads out."
             raise ArgumentError(msg)
-        _check.between("patch", "head", write.heads, 0, layout[0] - 1)
+        _check.between(op, "head", write.heads, -layout[0], layout[0] - 1)
     width = layout[-1]
     if isinstance(write.units, int):
-        _check.between("patch", "unit", write.units, -width, width - 1)
+        _check.between(op, "unit", write.units, -width, width - 1)
     try:
         touched = torch.zeros(layout, dtype=torch.bool)
         touched[_index(write, site)] = True
     except IndexError as error:
-        msg = f"patch: units of {write.site} lie between 0 and {width - 1}, got {write.units}."
+        has = f"units of {write.site} lie between {-width} and {width - 1}"
+        msg = f"{op}: {has}, got {write.units}."
         raise ArgumentError(msg) from error
     at = touched.flatten().nonzero().flatten()
     if len(at) == 0:
@@ -364,7 +374,7 @@ def _ranges(write: Write, site: str, shape: Shape) -> list[tuple[int, int]]:
     return [(int(run[0]), int(run[-1]) + 1) for run in at.tensor_split(breaks.tolist())]
 
 
-def _aligned(value: Tensor, write: Write, site: str, part: Tensor) -> Tensor:
+def _aligned(op: str, value: Tensor, write: Write, site: str, part: Tensor) -> Tensor:
     """A value broadcast to [b, positions, heads, units], less the axes an int chose from.
 
     Raises:
@@ -380,7 +390,7 @@ def _aligned(value: Tensor, write: Write, site: str, part: Tensor) -> Tensor:
         value = value.expand(shape)
     except RuntimeError:
         msg = (
-            f"patch: the value for {write.site!r} must broadcast to {shape}, got shape "
+            f"{op}: the value for {write.site!r} must broadcast to {shape}, got shape "
             f"{list(value.shape)}."
         )
         raise ShapeError(msg) from None
