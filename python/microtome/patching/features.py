@@ -14,7 +14,7 @@ from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.ops import ADD
-from microtome.patching.cells import Shape, at_stage
+from microtome.patching.cells import Shape
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import Engine, Job, execute
 from microtome.patching.metrics import Metric, as_metric
@@ -367,7 +367,7 @@ def _ready(
     if not layer.isdigit() or int(layer) >= layers:
         msg = f"{op}: no site {at!r}; the model has {kind}.0 ... {kind}.{layers - 1}."
         raise SiteError(msg)
-    place = at_stage(kind, int(layer))
+    place = ready.shape.stage(kind, int(layer))
     x = ready.activation(*place)
     if x.shape[1] != width:
         msg = f"{op}: the autoencoder has d={width}, but {at} has d={x.shape[1]}."

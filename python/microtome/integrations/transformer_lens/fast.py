@@ -14,7 +14,7 @@ from microtome.integrations.transformer_lens.rows import say_once
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
-from microtome.patching.cells import Shape, at_stage
+from microtome.patching.cells import Shape
 from microtome.patching.hooked import packed
 from microtome.patching.native import NativeEngine
 from microtome.patching.prompts import spans
@@ -63,7 +63,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
         plan = _plan(request, kind, engine.shape)
         if plan is None or engine.lacks(kind):
             return None
-        plan = plan.without_unchanged(_own(request, kind), engine.shape.t)
+        plan = plan.without_unchanged(_own(request, kind, engine.shape), engine.shape.t)
         reads = _reads(request, engine)
         try:
             return _scores(request, engine, plan, reads)
@@ -99,7 +99,7 @@ def _plan(request: PatchRequest, kind: str, shape: Shape) -> Plan | None:
         values = packed(kind, clean.expand(b, *clean.shape[1:]))
         if values.shape[1] != shape.width(kind) or clean.dtype != _dtype(request):
             return None
-        sources[at_stage(kind, layer)] = values
+        sources[shape.stage(kind, layer)] = values
     count = len(request.cells)
     cells = torch.tensor(request.cells, dtype=torch.int64).reshape(count, -1)
     where = {axis: cells[:, 1 + i] for i, (axis, _) in enumerate(request.stock.axes)}
@@ -119,7 +119,7 @@ def _plan(request: PatchRequest, kind: str, shape: Shape) -> Plan | None:
     if "src_pos" in where:
         lo = lo + where["src_pos"][cell]
         hi = lo + 1
-    place = [at_stage(kind, layer) for layer in cells[:, 0].tolist()]
+    place = [shape.stage(kind, layer) for layer in cells[:, 0].tolist()]
     layer = torch.tensor([at for at, _ in place], dtype=torch.int64)[cell]
     stage = STAGES.index(place[0][1] if place else "resid_pre")
     full = lambda value: torch.full_like(rows, value)  # noqa: E731
@@ -139,7 +139,7 @@ def _dtype(request: PatchRequest) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _own(request: PatchRequest, kind: str) -> Any:
+def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
     A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
@@ -150,7 +150,7 @@ def _own(request: PatchRequest, kind: str) -> Any:
     _, cache = request.model.run_with_cache(
         request.tokens, names_filter=lambda name: name in wanted, **rows
     )
-    held = {at_stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
+    held = {shape.stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
     return lambda layer, stage: held[layer, stage]
 
 
