@@ -34,6 +34,7 @@ def engine_for(
     memory: int,
     engine: str,
     site: str,
+    advice: str = "Use engine='auto'.",
 ) -> Engine:
     """An engine ready to patch `base` with activations of `source`.
 
@@ -48,6 +49,7 @@ def engine_for(
         memory: bytes.
         engine: one of ENGINES.
         site: the kind of site that is patched, or "" for several kinds, checked by the caller.
+        advice: what to do where the native engine is demanded and cannot run.
 
     Raises:
         ArgumentError: an option is none of the above, the demanded engine cannot run, or there is
@@ -78,7 +80,7 @@ def engine_for(
             )
         why = runner
         if engine == "native":
-            msg = f"{op}: engine 'native' cannot run this model: {why}. Use engine='auto'."
+            msg = f"{op}: engine 'native' cannot run this model: {why}. {advice}"
             raise ArgumentError(msg)
     if delta:
         msg = f"{op}: precision 'delta-bf16' needs the native engine, but {why}. Use 'fp32'."

@@ -145,7 +145,7 @@ def path_patch(
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     engine = engine_for(
         "path_patch", model, base, source, attention_mask, paired=True, precision=precision,
-        memory=memory, engine="native", site="",
+        memory=memory, engine="native", site="", advice="Paths are followed through its parts.",
     )  # fmt: skip
     assert isinstance(engine, NativeEngine)
     groups = tuple((r,) if isinstance(r, Node) else tuple(r) for r in receivers)
@@ -225,7 +225,7 @@ class PathCells:
         for i, cell in enumerate(cells.tolist()):
             sender = self.senders[cell % len(self.senders)]
             for node in self.receivers[cell // len(self.senders)]:
-                if not _reaches(sender, node, shape.layers):
+                if not _reaches(sender, node, self.engine.run.stack.blocks):
                     continue
                 place, lo, hi, code, values = self._received(sender, node)
                 table = sources.setdefault(place, [])
@@ -309,17 +309,19 @@ def _apart(x: Tensor, tokens: int) -> Tensor:
     return x[tokens:] - x[:tokens]
 
 
-def _order(node: Node, layers: int) -> tuple[int, int]:
+def _order(node: Node, blocks: Sequence[Block]) -> tuple[int, int]:
     """When a node stands in a forward: its layer, then its place in it."""
     if node.site in ("embed", "out"):
-        return (-1, 0) if node.site == "embed" else (layers, 0)
+        return (-1, 0) if node.site == "embed" else (len(blocks), 0)
     part = {"z": 1, "attn_out": 1, "mlp": 2, "mlp_out": 3}.get(node.site, 0)
+    if node.site == "mlp" and blocks[node.layer].parallel:
+        part = 0  # it reads the stream that attention reads
     return node.layer, part
 
 
-def _reaches(sender: Node, receiver: Node, layers: int) -> bool:
+def _reaches(sender: Node, receiver: Node, blocks: Sequence[Block]) -> bool:
     """Whether the stream goes from one to the other."""
-    return _order(sender, layers) < _order(receiver, layers)
+    return _order(sender, blocks) < _order(receiver, blocks)
 
 
 def _mlps_between(run: BaseRun, sender: Node, layer: int) -> Iterator[tuple[int, bool]]:
