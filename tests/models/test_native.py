@@ -86,7 +86,7 @@ def as_plan(cells: list[list[Write]], base: BaseRun) -> Plan:
 def test_rows_with_several_writes_at_any_stages_are_the_patched_forward(name, read):
     model = families.in_float64(name, **({"sliding_window": 3} if name == "gemma2" else {}))
     found = runner(model)
-    sites = [s for s in STAGES if s != "resid_mid" or name != "gpt_neox"]
+    sites = [s for s in STAGES[:-1] if s != "resid_mid" or name != "gpt_neox"]
     cells = random_cells(sites, 40, torch.Generator().manual_seed(1))
     first = torch.zeros(2 * B, dtype=torch.int32)
     base = found.base(model, torch.cat((BASE, SOURCE)), first)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microtome.models.native.base import BaseRun, Layer, attend, softmax_scores
+from microtome.models.native.base import BaseRun, Layer, attend
 from microtome.models.native.block import Block
 from microtome.models.native.changes import Changes
 from microtome.models.native.linear import Base
+from microtome.models.native.patterned import patterned
 from microtome.models.native.plan import STAGES, Plan
 from microtome.models.native.rows import Rows
 from microtome.ops import swap_key_attention
@@ -204,7 +205,7 @@ class Wave:
         asking = rows.index if keep is None else rows.index[keep]
         if enter == "pattern":
             z = kept.z[asking]
-            return self.patterned(layer, rows, keep, z, None)
+            return patterned(self.base, self.at, layer, rows, keep, z, None)
         if x is not None:
             q, k, v = self.project(layer, rows, x, keep)
         else:
@@ -229,7 +230,7 @@ class Wave:
         )
         z = z.flatten(1)
         if self.at.touched(layer, "pattern", rows):
-            z = self.patterned(layer, rows, keep, z, (q, k, v))
+            z = patterned(self.base, self.at, layer, rows, keep, z, (q, k, v))
         return z
 
     def project(
@@ -281,58 +282,6 @@ class Wave:
         if block.post_attention is None:
             return rows, keep, block.out(z, add=stream, base=out)
         return rows, keep, stream + block.post_attention(block.out(z, base=out))
-
-    def patterned(
-        self,
-        layer: int,
-        rows: Rows,
-        keep: Tensor | None,
-        z: Tensor,
-        own: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> Tensor:
-        """Heads' outputs with the writes to the attention pattern of their rows.
-
-        One row at a time: the pattern is formed, written to, and applied to the row's values.
-
-        Args:
-            layer: which.
-            rows: all rows of the batch.
-            keep: the tokens that ask, or None for all.
-            z: [T or kept, h * d_head], right for rows without such writes.
-            own: queries of the kept tokens and keys and values of the rows; the base run's if None.
-        """
-        block, kept, (_, t) = (
-            self.base.stack.blocks[layer],
-            self.base.layers[layer],
-            self.base.shape,
-        )
-        which = self.at.written(layer, "pattern", rows)
-        tokens = torch.arange(rows.tokens, device=z.device) if keep is None else keep
-        group, z = block.heads // block.kv_heads, z.clone()
-        for i in which:
-            here = (rows.row[tokens] == i).nonzero().flatten()  # of z
-            a, b = int(rows.offset[i]), int(rows.offset[i] + rows.count[i])
-            example, start = int(rows.example[i]), int(rows.start[i])
-            whole = slice(example * t, example * t + int(rows.stop[i]))
-            k, v = kept.k_turned[whole], kept.v[whole]
-            q = kept.q_turned[rows.index[tokens[here]]]
-            if own is not None:
-                q = own[0][here]
-                k, v = torch.cat((k[:start], own[1][a:b])), torch.cat((v[:start], own[2][a:b]))
-            pattern = softmax_scores(
-                block,
-                q.transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                rows.position[tokens[here]],
-                torch.arange(len(k), device=z.device),
-                self.base.first[example : example + 1],
-            )[0]  # [h, m, keys]
-            padded = torch.nn.functional.pad(pattern, (0, t - len(k))).transpose(0, 1)
-            new = self.at.write(layer, "pattern", rows.keys[tokens[here]], padded.flatten(1))
-            new = new.unflatten(-1, (block.heads, t))[..., : len(k)].transpose(0, 1)
-            values = v.transpose(0, 1).repeat_interleave(group, dim=0)  # [h, keys, d_head]
-            z[here] = (new @ values).transpose(0, 1).flatten(1)
-        return z
 
     def mlp(self, layer: int, x: Tensor, add: Tensor, keys: Tensor, index: Tensor) -> Tensor:
         """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out."""
