@@ -2,8 +2,10 @@
 
 A row joins the packed batch at the layer of its first write and carries the positions from its
 first write on; earlier keys and values are the base run's, shared by all rows. In the last block
-only the positions that are read ask and go on. (Exactness: every product, norm and softmax is the
-one the full forward computes; rows before the write, and layers below it, are the base run's own.)
+only the positions that are read ask and go on. Every product, norm and softmax is the one the full
+forward computes; rows before the write, and layers below it, are the base run's own. In the delta
+form the first token of each row, which differs most, and the positions that are read in the last
+block keep float32 products.
 """
 
 from __future__ import annotations
@@ -109,11 +111,11 @@ class Wave:
             if mids:
                 keys, index = tokens_of(mids)
                 mid = torch.cat([stream for _, _, stream in mids])
-                if not block.parallel:
-                    x = self.mlp(layer, mid, mid, keys, index)
-                else:
-                    pre = x if not last else x[mids[0][1]]
-                    x = self.mlp(layer, pre, mid, keys, index)
+                exact = first_tokens(mids) if self.delta and not last else None
+                pre = mid
+                if block.parallel:
+                    pre = x[mids[0][1]] if last else x
+                x = self.mlp(layer, pre, mid, keys, index, exact)
             joined_rows = [rows for rows, _, _ in mids + posts]
             if joined_rows:
                 live = Rows.cat(joined_rows)
@@ -190,7 +192,7 @@ class Wave:
         else:
             z = self.heads(layer, rows, enter, x, keep)
             z = self.at.write(layer, "z", keys, z)
-        base = kept.out_base(index) if self.delta else None
+        base = kept.out_base(index, rows.offset) if self.delta and keep is None else None
         if block.post_attention is None and not self.at.touched(layer, "attn_out", rows):
             return rows, every, block.out(z, add=stream, base=base)
         out = block.out(z, base=base)
@@ -239,23 +241,20 @@ class Wave:
         """Queries of the tokens kept, keys and values of all, before rotation."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         hidden = block.norm1(x)
-        base = kept.qkv_base(rows.index) if self.delta else None
+        base = kept.qkv_base(rows.index, rows.offset) if self.delta else None
         if keep is None:
             return block.split(block.qkv(hidden, base=base))
         cut, end = block.heads * block.d_head, block.qkv.out_features
-        asks = tells = None
         if base is not None:
-            asks = Base(base.x, base.y[:, :cut].contiguous(), base.index[keep])
-            tells = Base(base.x, base.y[:, cut:].contiguous(), base.index)
-        q = block.queries(block.qkv.columns(0, cut)(hidden[keep], base=asks))
-        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=tells))
+            base = Base(base.x, base.y[:, cut:].contiguous(), base.index, base.exact)
+        q = block.queries(block.qkv.columns(0, cut)(hidden[keep]))
+        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=base))
 
     def swapped(self, layer: int, rows: Rows, last: bool) -> tuple[Rows, Tensor, Tensor]:
         """Rows that replace one position of the stream: of every softmax one key changes."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         stream = self.at.join(layer, "resid_pre", rows)
-        base = kept.qkv_base(rows.index[rows.offset]) if self.delta else None
-        q, k, v = block.split(block.qkv(block.norm1(stream[rows.offset]), base=base))
+        q, k, v = block.split(block.qkv(block.norm1(stream[rows.offset])))
         q, k = block.rotate(q, rows.start), block.rotate(k, rows.start)
         held = (
             kept.z.unflatten(-1, (block.heads, -1)),
@@ -278,13 +277,24 @@ class Wave:
         keep = self.reading(rows) if last else torch.arange(rows.tokens, device=z.device)
         if last:
             z, stream = z[keep], stream[keep]
-        out = kept.out_base(rows.index[keep]) if self.delta else None
+        out = kept.out_base(rows.index, rows.offset) if self.delta and not last else None
         if block.post_attention is None:
             return rows, keep, block.out(z, add=stream, base=out)
         return rows, keep, stream + block.post_attention(block.out(z, base=out))
 
-    def mlp(self, layer: int, x: Tensor, add: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-        """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out."""
+    def mlp(
+        self,
+        layer: int,
+        x: Tensor,
+        add: Tensor,
+        keys: Tensor,
+        index: Tensor,
+        exact: Tensor | None,
+    ) -> Tensor:
+        """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out.
+
+        In the delta form `exact` [T] bool are the tokens in float32; None is all of them.
+        """
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         if block.mlp is None or block.norm2 is None:
             return add
@@ -292,7 +302,10 @@ class Wave:
         out = torch.empty_like(add)
         for low in range(0, len(x), MLP_TOKENS):
             part = slice(low, low + MLP_TOKENS)
-            first, second = kept.mlp_bases(index[part]) if self.delta else (None, None)
+            first = second = None
+            if exact is not None:
+                own = exact[part].nonzero().flatten()
+                first, second = kept.mlp_bases(index[part], own)
             hidden = block.mlp.into(block.norm2(x[part]), base=first)
             neurons = self.at.write(layer, "neurons", keys[part], block.mlp.neurons(hidden))
             if plain:
@@ -312,7 +325,8 @@ class Wave:
         if stage == "mlp_out":
             return self.at.join(layer, "mlp_out", rows)
         assert block.mlp is not None
-        second = kept.mlp_bases(rows.index)[1] if self.delta else None
+        delta = self.delta and layer < len(self.base.layers) - 1
+        second = kept.mlp_bases(rows.index, rows.offset)[1] if delta else None
         out = block.mlp.out(self.at.join(layer, "neurons", rows), base=second)
         return self.at.write(layer, "mlp_out", rows.keys, self.after_mlp(block, out))
 
@@ -330,6 +344,16 @@ class Wave:
             return rows, keep, stream
         stage = "neurons" if self.at.touched(layer, "neurons", rows) else "mlp_out"
         return rows, keep, stream + self.mlp_of(block, kept, layer, rows, stage)[keep]
+
+
+def first_tokens(parts: list[tuple[Rows, Tensor, Tensor]]) -> Tensor:
+    """[T] bool, the first token of each row, of parts that kept all tokens."""
+    out = []
+    for rows, _, _ in parts:
+        first = torch.zeros(rows.tokens, dtype=torch.bool, device=rows.ids.device)
+        first[rows.offset] = True
+        out.append(first)
+    return torch.cat(out)
 
 
 def tokens_of(parts: list[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
