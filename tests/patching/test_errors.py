@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ArgumentError, DtypeError, ShapeError, SiteError
+from microtome.errors import ArgumentError, BackendError, DtypeError, ShapeError, SiteError
 from microtome.models import ToyModel
+from microtome.ops import use_backend
 from microtome.patching import ablate, logit_difference, sweep
 from microtome.testing import families
 from microtome.testing.patching import changed, untouched
@@ -179,6 +180,11 @@ def test_options_are_checked():
         "sweep: precision 'delta-bf16' needs the native engine, but engine 'blocks' was asked for. "
         "Use 'fp32'."
     )
+
+
+def test_a_demanded_backend_that_cannot_run_is_no_reason_to_fall_back():
+    with use_backend("triton"):
+        assert "backend 'triton' was demanded but cannot run here" in fails(BackendError)
 
 
 def test_an_ablation_says_what_it_cannot_use():

@@ -97,6 +97,14 @@ def test_a_heat_map_is_written_as_a_picture(axes, tmp_path):
     assert path.stat().st_size > 5000
 
 
+def test_labels_have_to_reach_the_last_position(tmp_path):
+    with pytest.raises(ArgumentError) as caught:
+        by_hand().plot(tmp_path / "map.png", tokens=["a", "b"])
+    assert str(caught.value) == (
+        "Sweep.plot: tokens has 2 entries, but position 4 is drawn. Pass all tokens of the prompt."
+    )
+
+
 NAMES = [f"patching.{module.name}" for module in pkgutil.iter_modules(microtome.patching.__path__)]
 
 

@@ -14,7 +14,7 @@ from microtome.models.native.block import Stack
 from microtome.models.native.linear import Linear
 from microtome.models.native.plan import Plan
 from microtome.models.native.wave import Wave
-from microtome.patching import Sweep, execute, kl_divergence, logit_difference, sweep
+from microtome.patching import Metric, Sweep, execute, kl_divergence, logit_difference, sweep
 from microtome.patching.hooked import HookEngine
 from microtome.testing import families
 from microtome.testing.patching import apart, changed, everything, last_difference, naive_twin
@@ -58,6 +58,24 @@ def test_each_prompt_may_have_its_own_tokens_and_position(toy, engine):
     for site in ("resid_pre", "v", "resid_post"):
         found = run(toy, metric, site, engine=engine)
         assert apart(found, naive_twin(toy, found, CORRUPTED, CLEAN, twin)) < 1e-9
+
+
+@pytest.mark.parametrize("engine", ["native", "blocks"])
+def test_a_metric_of_ones_own_may_read_a_position_twice(toy, engine):
+    metric = Metric(
+        "own",
+        lambda logits, _: logits[..., 0, 0] + 2 * logits[..., 1, 1] + 4 * logits[..., 2, 0],
+        tokens=torch.tensor([[3, 4], [5, 6]]),
+        positions=torch.tensor([[4, -1, 2]]),
+    )
+
+    def twin(logits: Tensor) -> Tensor:
+        return torch.stack([
+            x[4, a] + 2 * x[4, b] + 4 * x[2, a] for x, (a, b) in zip(logits, ((3, 4), (5, 6)), strict=True)
+        ])  # fmt: skip
+
+    found = run(toy, metric, engine=engine)
+    assert apart(found, naive_twin(toy, found, CORRUPTED, CLEAN, twin)) < 1e-9
 
 
 def test_chosen_layers_positions_and_heads_are_cells_of_the_whole_grid(toy):
