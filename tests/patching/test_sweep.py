@@ -71,7 +71,8 @@ def test_a_metric_of_ones_own_may_read_a_position_twice(toy, engine):
 
     def twin(logits: Tensor) -> Tensor:
         return torch.stack([
-            x[4, a] + 2 * x[4, b] + 4 * x[2, a] for x, (a, b) in zip(logits, ((3, 4), (5, 6)), strict=True)
+            x[4, a] + 2 * x[4, b] + 4 * x[2, a]
+            for x, (a, b) in zip(logits, ((3, 4), (5, 6)), strict=True)
         ])  # fmt: skip
 
     found = run(toy, metric, engine=engine)
