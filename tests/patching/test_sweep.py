@@ -70,10 +70,8 @@ def test_a_metric_of_ones_own_may_read_a_position_twice(toy, engine):
     )
 
     def twin(logits: Tensor) -> Tensor:
-        return torch.stack([
-            x[4, a] + 2 * x[4, b] + 4 * x[2, a]
-            for x, (a, b) in zip(logits, ((3, 4), (5, 6)), strict=True)
-        ])  # fmt: skip
+        prompt, a, b = torch.arange(2), torch.tensor([3, 5]), torch.tensor([4, 6])
+        return logits[prompt, 4, a] + 2 * logits[prompt, 4, b] + 4 * logits[prompt, 2, a]
 
     found = run(toy, metric, engine=engine)
     assert apart(found, naive_twin(toy, found, CORRUPTED, CLEAN, twin)) < 1e-9
