@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,133 +12,16 @@ from torch import Tensor, nn
 
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
-from microtome.models.native.plan import STAGES, Plan, Writes
-from microtome.ops import ADD
-from microtome.patching.cells import Shape
+from microtome.models.native.weights import weights_key
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import Engine, Job, execute
+from microtome.patching.feature_cells import ErrorCells, FeatureCells
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.prompts import one, pair
 from microtome.patching.result import Sweep
 
 OPS = ("replace", "zero", "scale", "add")
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
-
-@dataclass(frozen=True)
-class FeatureCells:
-    """One cell for each feature, or for each position and feature.
-
-    A feature f is changed by adding (a'_f - a_f) W_dec[f], so the rest of the code and the
-    autoencoder's error stay as they are.
-
-    Attributes:
-        shape: of the run.
-        at: layer and stage of the activation.
-        features: ids, one a column of `change`.
-        change: [b, t, features], a' - a.
-        W_dec: [features, d].
-        positions: positions that are cells of their own, or None for all in one cell.
-    """
-
-    shape: Shape
-    at: tuple[int, str]
-    features: Tensor
-    change: Tensor
-    W_dec: Tensor
-    positions: Tensor | None
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.features) * (1 if self.positions is None else len(self.positions))
-
-    @property
-    def writes_a_cell(self) -> int:
-        """At most."""
-        return self.shape.b * (self.shape.t if self.positions is None else 1)
-
-    def place(self, cell: int) -> str:
-        """Where a cell lies, for messages."""
-        feature = f"feature {int(self.features[cell % len(self.features)])}"
-        if self.positions is None:
-            return feature
-        return f"{feature}, position {int(self.positions[cell // len(self.features)])}"
-
-    def describe(self) -> str:
-        """Place, features and what is done to them."""
-        total = float(self.change.double().sum())
-        positions = None if self.positions is None else self.positions.tolist()
-        return repr((self.at, self.features.tolist(), positions, total))
-
-    def plan(self, cells: Tensor) -> Plan:
-        """Their writes."""
-        b, t, n = self.shape.b, self.shape.t, len(self.features)
-        column = cells % n
-        row = torch.arange(len(cells) * b)
-        if self.positions is None:
-            row = row.repeat_interleave(t)
-            position = torch.arange(t).repeat(len(cells) * b)
-        else:
-            position = self.positions[cells // n].repeat_interleave(b)
-        prompt, feature = row % b, column[row // b]
-        full = lambda value: torch.full_like(row, value)  # noqa: E731
-        writes = Writes(
-            row, full(self.at[0]), full(STAGES.index(self.at[1])), position, full(0),
-            full(self.W_dec.shape[1]), full(ADD), feature,
-            self.change[prompt, position, feature].double().cpu(),
-        )  # fmt: skip
-        counts = (position >= self.shape.first[prompt]) & (position < self.shape.stop[prompt])
-        sources = {self.at: self.W_dec}
-        return Plan(torch.arange(b).repeat(len(cells)), writes.select(counts), sources)
-
-
-@dataclass(frozen=True)
-class ErrorCells:
-    """One cell for each position, to which a vector of its own is added.
-
-    Attributes:
-        shape: of the run.
-        at: layer and stage of the activation.
-        change: [b * t, d].
-    """
-
-    shape: Shape
-    at: tuple[int, str]
-    change: Tensor
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return self.shape.t
-
-    @property
-    def writes_a_cell(self) -> int:
-        """At most."""
-        return self.shape.b
-
-    def place(self, cell: int) -> str:
-        """Where a cell lies, for messages."""
-        return f"position {cell}"
-
-    def describe(self) -> str:
-        """Place and what is added."""
-        return repr((self.at, float(self.change.double().sum())))
-
-    def plan(self, cells: Tensor) -> Plan:
-        """Their writes."""
-        b = self.shape.b
-        row = torch.arange(len(cells) * b)
-        prompt, position = row % b, cells[row // b]
-        token = prompt * self.shape.t + position
-        moved = self.change.ne(0).any(1).cpu()[token]
-        full = lambda value: torch.full_like(row, value)  # noqa: E731
-        writes = Writes(
-            row, full(self.at[0]), full(STAGES.index(self.at[1])), position, full(0),
-            full(self.change.shape[1]), full(ADD), token, moved.double(),
-        )  # fmt: skip
-        counts = (position >= self.shape.first[prompt]) & (position < self.shape.stop[prompt])
-        return Plan(prompt, writes.select(counts), {self.at: self.change})
 
 
 def sweep_features(
@@ -179,8 +62,8 @@ def sweep_features(
         metric: as in `sweep`.
         op: see above.
         factor: of "scale" and "add".
-        features: ids; None takes every feature that changes anywhere.
-        positions: restricts the axis.
+        features: ids; None takes every feature that changes at a position that is patched.
+        positions: restricts the axis, or what is patched at once.
         axes: ("feature",), all positions at once, or ("position", "feature").
         direction: as in `sweep`.
         attention_mask: [b, t] of both runs.
@@ -196,6 +79,7 @@ def sweep_features(
     Raises:
         ShapeError: the autoencoder's width is not the site's.
         ArgumentError: an option is not one of the above, or no feature changes.
+        StoreError: `resume` holds another sweep, or cannot be written.
 
     Effects of features found one at a time do not add up where they interact; and a feature that
     changes the metric is one direction of this dictionary, not the only cause.
@@ -206,6 +90,9 @@ def sweep_features(
             "sweep_features: axes must be ('feature',) or ('position', 'feature'), got "
             f"{tuple(axes)}."
         )
+        raise ArgumentError(msg)
+    if factor != 0.0 and op in ("replace", "zero"):
+        msg = f"sweep_features: op {op!r} takes no factor, got {factor}. Use 'scale' or 'add'."
         raise ArgumentError(msg)
     ready, place, base_name, x = _ready(
         "sweep_features", model, sae.W_dec.shape[1], at, clean, corrupted, direction,
@@ -218,26 +105,32 @@ def sweep_features(
     new = {"replace": other, "zero": 0.0 * own, "scale": factor * own, "add": own + factor}[op]
     assert new is not None
     change = (new - own).unflatten(0, (shape.b, shape.t))  # [b, t, f]
+    chosen = torch.arange(shape.t) if positions is None else _indices("positions", positions)
+    _check.index_range("sweep_features", chosen, shape.t, "t")
+    at_once = torch.zeros(shape.t, dtype=torch.bool)
+    at_once[chosen] = True
+    position = torch.arange(shape.t)
+    counts = (position >= shape.first[:, None]) & (position < shape.stop[:, None]) & at_once
+    change = change * counts[..., None].to(change)
     if features is None:
-        ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten()
+        ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten().cpu()
         if len(ids) == 0:
-            msg = "sweep_features: no feature changes anywhere. Do both runs differ at this site?"
+            why = f"Op {op!r} with factor={factor} leaves the code as it is."
+            why = "Do both runs differ at this site?" if op == "replace" else why
+            msg = f"sweep_features: no feature changes anywhere. {why}"
             raise ArgumentError(msg)
     else:
-        ids = torch.as_tensor(features)
+        ids = _indices("features", features)
         _check.index_range("sweep_features", ids, change.shape[2], "n_features")
     by_position = "position" in axes
-    chosen = torch.arange(shape.t) if positions is None else torch.as_tensor(positions)
-    _check.index_range("sweep_features", chosen, shape.t, "t")
-    if positions is not None and not by_position:
-        mask = torch.zeros(shape.t, dtype=torch.bool)
-        mask[chosen] = True
-        change = change * mask[:, None].to(change)
     cells = FeatureCells(
         shape, place, ids, change[..., ids], sae.W_dec.detach()[ids].to(x.dtype),
         chosen if by_position else None,
     )  # fmt: skip
-    job = Job(cells, as_metric("sweep_features", metric), base_name, ablation=corrupted is None)
+    about = "" if resume is None else repr((op, factor, chosen.tolist(), _digest(sae)))
+    job = Job(
+        cells, as_metric("sweep_features", metric), base_name, corrupted is None, about
+    )  # fmt: skip
     found = execute("sweep_features", ready, job, memory=memory, progress=progress, resume=resume)
     grid = (len(chosen), len(ids)) if by_position else (len(ids),)
     by_prompt = found.scores.unflatten(0, grid)
@@ -373,6 +266,23 @@ def _ready(
         msg = f"{op}: the autoencoder has d={width}, but {at} has d={x.shape[1]}."
         raise ShapeError(msg)
     return ready, place, base_name, x
+
+
+def _indices(name: str, given: Sequence[int]) -> Tensor:
+    """[n] int64; ArgumentError for none."""
+    out = torch.as_tensor(given)
+    if out.numel() == 0:
+        msg = f"sweep_features: {name} is an empty list. Name at least one, or leave it out."
+        raise ArgumentError(msg)
+    return out.long()
+
+
+def _digest(sae: Any) -> str:
+    """Tells one autoencoder from another, by its weights or at least by its decoder."""
+    if isinstance(sae, nn.Module):
+        return weights_key(sae).hex()
+    raw = sae.W_dec.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _code(sae: Any, x: Tensor) -> Tensor:
