@@ -23,7 +23,7 @@ class NativeEngine:
         source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
         first, stop: [b] int64, the positions that count.
         delta: multiply differences in bf16.
-        memory: bytes for the activations of patched rows.
+        memory: bytes for all activations; an eighth is the least that patched rows get.
     """
 
     name, note = "native", ""
@@ -40,9 +40,10 @@ class NativeEngine:
         delta: bool,
         memory: int,
     ) -> None:
-        self.runner, self.delta, self.memory = runner, delta, memory
+        self.runner, self.delta = runner, delta
         self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
         self.run = runner.base(model, self.tokens, torch.cat(first).int(), differences=delta)
+        self.memory = max(memory // 8, memory - self.run.nbytes)
         block = runner.stack.blocks[0]
         self.shape = Shape(
             layers=len(runner.stack.blocks),

@@ -90,6 +90,17 @@ class BaseRun:
     shape: tuple[int, int]
     first: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the kept activations take; views of one tensor count once."""
+        kept = {self.final.untyped_storage().data_ptr(): self.final.untyped_storage().nbytes()}
+        for layer in self.layers:
+            for value in vars(layer).values():
+                if isinstance(value, Tensor):
+                    storage = value.untyped_storage()
+                    kept[storage.data_ptr()] = storage.nbytes()
+        return sum(kept.values())
+
     def site(self, layer: int, stage: str) -> Tensor:
         """[r, w]: the activation at a stage; resid_pre of layer L is the final stream."""
         if layer == len(self.layers):
