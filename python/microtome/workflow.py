@@ -50,6 +50,32 @@ def open_model(name: str) -> LoadedModel:
     return LoadedModel(model, tokenizer, name, folder.name, middle, causal_lm=True)
 
 
+def stand_ins(loaded: LoadedModel, text: Corpus) -> list[str]:
+    """What a reader must know about a model and a text, those that stand in for others above all.
+
+    Args:
+        loaded: the model.
+        text: what it reads.
+
+    Returns:
+        Sentences: what "auto" would have preferred and why it is not there, what there is instead,
+        and what the model cannot do.
+    """
+    notes = [reason.removeprefix("load: ") for reason in loaded.skipped]
+    if notes:
+        notes.append(f"So the model is {loaded.description} instead.")
+    if loaded.name == "toy":
+        notes.append(
+            "The toy model's weights are random: its features show that all works, no more."
+        )
+    if not loaded.causal_lm:
+        notes.append("This model predicts no next token, so there is no cross-entropy to recover.")
+    if text.skipped:
+        notes += [reason.removeprefix("corpus: ") for reason in text.skipped]
+        notes.append(f"So the text is {text.description} instead.")
+    return notes
+
+
 def capture_text(
     loaded: LoadedModel,
     text: Corpus,

@@ -1,6 +1,7 @@
 """The microtome command: help, exit codes, messages."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +111,10 @@ def test_eval_leaves_its_numbers_in_the_run(made):
     assert 0 < numbers["fvu"] < 1
     assert 0 < numbers["l0"] <= 8
     assert numbers["ce_tokens"] == 3 * 63  # a tenth of 32 contexts, whole ones, of 64 tokens
-    loss = [numbers[f"ce_{kind}"] for kind in ("zero", "spliced", "clean")]
-    assert numbers["ce_recovered"] == pytest.approx((loss[0] - loss[1]) / (loss[0] - loss[2]))
+    # Random weights are worse than zeros, which give all bytes the same chance.
+    assert numbers["ce_clean"] > numbers["ce_zero"] == pytest.approx(math.log(256))
+    assert numbers["ce_spliced"] == pytest.approx(numbers["ce_clean"], abs=0.5)
+    assert "ce_recovered" not in numbers
 
 
 def test_help_answers_without_importing_torch():

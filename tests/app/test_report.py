@@ -62,7 +62,7 @@ def test_the_page_has_every_part(html, made):
         "features",
         "config",
     }
-    for word in ("FVU", "L0", "Dead latents", "CE recovered", "built-in toy model", "text.txt"):
+    for word in ("FVU", "L0", "Dead latents", "Loss, zeroed", "the built-in toy model", "text.txt"):
         assert word in text
     for name in ("resid_pre.2", "1,984 in contexts of 64", "batch_size"):
         assert name.replace("1,984", f"{len(ActivationStore(made.store)):,}") in text
@@ -75,7 +75,11 @@ def test_the_numbers_of_the_page_are_those_of_the_evaluation(html, made):
     numbers = json.loads((made.run / "evaluation.json").read_text())
     for metric in metrics(numbers):
         assert f'<td class="value">{metric.value}</td>' in html
-    assert len(metrics(numbers)) == 7
+    assert len(metrics(numbers)) == 6
+    assert "Zeros do not raise its loss, so there is no share of it to recover." in html
+    shown = {metric.name: metric.value for metric in metrics({**numbers, "ce_recovered": 0.98})}
+    assert len(shown) == 7
+    assert shown["CE recovered"] == "98.0%"
 
 
 def test_nothing_is_loaded_from_outside(html):

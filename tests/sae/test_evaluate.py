@@ -50,13 +50,13 @@ def test_rows_without_variance_are_answered():
 
 
 class Tiny(nn.Module):
-    """Embedding, a site of width 6, unembedding."""
+    """Embedding, a site of width 6, unembedding; it predicts that each token comes again."""
 
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.embed = nn.Parameter(torch.randn(11, 6, generator=g))
-        self.unembed = nn.Parameter(torch.randn(6, 11, generator=g))
+        self.unembed = nn.Parameter(self.embed.detach().T.clone())
         self.site = nn.Identity()
 
     def forward(self, tokens):
@@ -72,7 +72,7 @@ def splice(model, site, function):
         handle.remove()
 
 
-TOKENS = torch.randint(0, 11, (5, 9), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.arange(5)[:, None].repeat(1, 9)
 
 
 def perfect() -> SAE:
@@ -108,6 +108,16 @@ def test_an_sae_that_returns_zeros_recovers_nothing():
     )  # fmt: skip
     assert result.ce_spliced == result.ce_zero
     assert result.ce_recovered == 0.0
+
+
+def test_a_model_that_zeros_make_no_worse_has_nothing_to_recover():
+    wrong = torch.randint(0, 11, (5, 9), generator=torch.Generator().manual_seed(1))
+    result = evaluate(
+        perfect(), torch.ones(2, 6), model=Tiny(), site="site", tokens=wrong, splice=splice
+    )
+    assert result.ce_zero < result.ce_clean == pytest.approx(result.ce_spliced)
+    assert result.ce_recovered is None
+    assert "ce_recovered" not in result.to_dict()
 
 
 def test_a_site_with_heads_is_one_row_a_token():

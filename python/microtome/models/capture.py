@@ -222,7 +222,9 @@ def check_tokens(
             )
 
 
-def batch_slices(rows: int, batch_size: int, progress: str | None) -> Iterator[slice]:
+def batch_slices(
+    rows: int, batch_size: int, progress: str | None, unit: str = "row"
+) -> Iterator[slice]:
     """Slices of at most `batch_size` rows, behind a progress bar of that name if there is one."""
     slices = [slice(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
     if progress is None:
@@ -230,7 +232,7 @@ def batch_slices(rows: int, batch_size: int, progress: str | None) -> Iterator[s
         return
     from tqdm import tqdm
 
-    with closing(tqdm(total=rows, desc=progress, unit="row")) as bar:
+    with closing(tqdm(total=rows, desc=progress, unit=unit)) as bar:
         for part in slices:
             yield part
             bar.update(part.stop - part.start)

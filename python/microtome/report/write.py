@@ -229,7 +229,10 @@ def _metrics_note(evaluation: dict[str, Any], model: str) -> str:
     on = f"On {rows:,} held-out tokens that training never saw" if rows else "On held-out tokens"
     spliced = evaluation.get("ce_tokens")
     more = f"; the losses on {spliced:,} of them" if spliced else ""
-    return f"{on}{more}, {model}."
+    note = f"{on}{more}. The model is {model}."
+    if "ce_zero" in evaluation and evaluation.get("ce_recovered") is None:
+        note += " Zeros do not raise its loss, so there is no share of it to recover."
+    return note
 
 
 def _short(value: Any) -> str:

@@ -39,7 +39,8 @@ class Evaluation:
         ce_zero: the same with zeros in its place.
         ce_recovered: (ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 when the reconstruction loses
             nothing, 0 when it is as bad as zeros. Zero-ablation is a weak baseline: a high number
-            alone does not say the SAE is good.
+            alone does not say the SAE is good. None too where zeros do not raise the loss, as in a
+            model with random weights: then there is nothing to recover.
     """
 
     fvu: float
@@ -121,7 +122,7 @@ def evaluate(
         raise ArgumentError(msg)
     losses = _cross_entropies(sae, model, site, tokens, model_batch_size, progress, splice)
     clean, spliced, zero = losses
-    recovered = (zero - spliced) / (zero - clean) if zero != clean else float("nan")
+    recovered = (zero - spliced) / (zero - clean) if zero > clean else None
     return dataclasses.replace(
         result, ce_clean=clean, ce_spliced=spliced, ce_zero=zero, ce_recovered=recovered
     )
