@@ -47,6 +47,10 @@ class Shape:
     d_mlp: int
     d: int
 
+    def padding(self, positions: Tensor) -> Tensor:
+        """[b, m] bool: which of some positions [b, m] of the prompts are padding."""
+        return (positions < self.first[:, None]) | (positions >= self.stop[:, None])
+
     def unit(self, site: str) -> int:
         """Columns of one head or neuron."""
         return {"pattern": self.t, "neurons": 1}.get(site, self.d_head)

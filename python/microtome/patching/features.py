@@ -110,8 +110,7 @@ def sweep_features(
     _check.index_range("sweep_features", chosen, shape.t, "t")
     at_once = torch.zeros(shape.t, dtype=torch.bool)
     at_once[chosen] = True
-    position = torch.arange(shape.t)
-    counts = (position >= shape.first[:, None]) & (position < shape.stop[:, None]) & at_once
+    counts = ~shape.padding(torch.arange(shape.t)[None]) & at_once
     change = change * counts[..., None].to(change)
     if features is None:
         ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten().cpu()
