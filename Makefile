@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 comma := ,
 CHANGED := $(shell find csrc CMakeLists.txt pyproject.toml -newer $(VENV)/.built 2>/dev/null | head -1)
 
-.PHONY: help env build demo test test-triton sanitize lint type bench ci clean FORCE
+.PHONY: help env build demo test test-triton sanitize lint type bench bench-patching ci clean FORCE
 
 help:  ## what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -67,9 +67,29 @@ type: $(VENV)/.env-dev $(VENV)/.built  ## mypy, strict on ops and kernels
 
 bench: $(VENV)/.env-bench $(VENV)/.built $(VENV)/.models  ## us, the peers and the floor, side by side in one run
 	$(PIP) --no-deps dictionary-learning==0.1.0
+# nnsight asks for torchvision and uses none of it; beside this build of torch it breaks the import of transformers.
+	-$(PY) -m pip uninstall -q -y torchvision
 	$(PY) benchmarks/run.py --out benchmarks/results
+
+# The peers of patching need newer packages than those of `bench`, so they get an environment of their own, torch first
+# again. microtome goes in as a wheel, so that ours and the peers run on one torch.
+PEERS := $(VENV)-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+$(PEERS)/.peers: constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) torch
+	$(PEERS_PIP) transformer-lens==4.3.0 nnsight==0.8.1 pyvene==0.1.8
+	-$(PEERS)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+bench-patching: $(VENV)/.torch $(PEERS)/.peers  ## patching sweeps: us, TransformerLens, nnsight, pyvene and torch (30 minutes)
+	rm -rf build/wheel
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps --config-settings build-dir=build/peers -w build/wheel .
+	$(PEERS_PIP) --no-deps --force-reinstall build/wheel/*.whl
+	$(PEERS)/bin/python benchmarks/patching.py
 
 ci: lint type test  ## what .ci/run does
 
 clean:  ## forget the environment and the builds
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(PEERS) build

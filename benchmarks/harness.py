@@ -6,16 +6,13 @@ layout: imports, inputs, baseline, then its ops one after another.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
-import resource
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from torch import Tensor
 from benchmarks import inputs as inputs_module
 from benchmarks.checks import DisagreementError
 from benchmarks.inputs import Inputs
+from benchmarks.resident import memory_mark, memory_peak
 from microtome.testing import Case
 
 # Contender -> the modules whose OPS it offers, and the package that must be importable.
@@ -122,33 +120,6 @@ def quartiles(values: list[float]) -> list[float]:
     """First and third quartile, by interpolation."""
     data = torch.tensor(sorted(values), dtype=torch.float64)
     return [float(data.quantile(q)) for q in (0.25, 0.75)]
-
-
-def _status_mib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory_mark() -> float:
-    """Forget the peak so far and return the memory held now, in MiB.
-
-    Where the kernel does not let a process reset its peak, the mark is the peak so far (ru_maxrss).
-    """
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return _status_mib("VmRSS")
-
-
-def memory_peak() -> float:
-    """The largest resident memory since `memory_mark`, in MiB."""
-    return _status_mib("VmHWM")
 
 
 def measure_op(

@@ -37,6 +37,9 @@ PACKAGES = (
     "sae-lens",
     "dictionary-learning",
     "transformers",
+    "transformer-lens",
+    "nnsight",
+    "pyvene",
 )
 
 

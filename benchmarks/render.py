@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import patching_table
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 _DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
@@ -24,6 +26,8 @@ def read(paths: Iterable[Path]) -> list[Result]:
 
 def markdown(result: Result) -> str:
     """Everything in one result: the machine, its ceilings, and one table a case."""
+    if result.get("kind") == "patching":
+        return patching_table.markdown(result)
     m, limits = result["machine"], result["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
     lines = [
@@ -90,6 +94,8 @@ def _table(rows: list[Row], floors: dict[str, Any]) -> list[str]:
 
 def readme_table(result: Result) -> str:
     """README's table in units of G32: a line an op and contender, a column a case."""
+    if result.get("kind") == "patching":
+        return patching_table.readme_table(result)
     cases = [name for name in result["cases"] if any(row["case"] == name for row in result["rows"])]
     lines = ["| | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
     keys = dict.fromkeys((row["op"], row["contender"]) for row in result["rows"] if "ratio" in row)
@@ -117,6 +123,9 @@ def figures(results: Iterable[Result]) -> set[str]:
     """Every figure that a README may state, as it would be printed."""
     said: set[str] = set()
     for result in results:
+        if result.get("kind") == "patching":
+            said |= patching_table.figures(result)
+            continue
         said |= {f"{v:.1f}" for v in result["ceilings"].values()}
         imports = result.get("imports") or {}
         said |= {f"{v:.{places}f}" for v in imports.values() for places in (2, 3)}

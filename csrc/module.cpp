@@ -9,6 +9,7 @@
 
 #include "common/isa.h"
 #include "common/pages.h"
+#include "cpu/attribution_scores.h"
 #include "cpu/cascade_attention.h"
 #include "cpu/delta_linear.h"
 #include "cpu/pack_weights.h"
@@ -136,6 +137,7 @@ PYBIND11_MODULE(_native_ext, m) {
         return false;
 #endif
     });
+    m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("cascade_attention", &bind_cascade_attention, nogil);
     m.def("patch_rows", &bind_patch_rows, nogil);
     m.def("swap_key_attention", &bind_swap_key_attention, nogil);

@@ -338,3 +338,21 @@ def test_tables_show_ratios_and_failures_and_readme_may_say_nothing_else():
 def test_every_figure_in_the_readme_stands_in_a_result():
     results = render.read(sorted((ROOT / "benchmarks" / "results").glob("*.json")))
     assert render.unsupported((ROOT / "README.md").read_text(), results) == []
+
+
+def test_attribution_scores_are_checked_and_timed_beside_torch(monkeypatch, tmp_path, capsys):
+    bench = importlib.import_module("benchmarks.ops.bench_attribution_scores")
+    words = ["--quick", "--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == list(bench.CASES)
+    assert all(row["contenders"]["attribution_scores"]["ratio"] == 1.0 for row in rows)
+    assert all(row["floor_ms"] > 0 for row in rows)
+    assert "torch, scores alone" in capsys.readouterr().out
+    right = bench.attribution_scores
+    monkeypatch.setattr(bench, "attribution_scores", lambda *a: (right(*a)[0] + 1e-3, right(*a)[1]))
+    assert bench.main(words) == 1
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["status"] == "FAILED"
+        assert "contenders" not in row

@@ -16,13 +16,15 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in blocks("python"):  # one after another: each goes on with the names of the last
+        exec(compile(code, "README.md", "exec"), names)
     assert 0 < names["run"].metrics["fvu"] < 1
     assert (tmp_path / "my-sae" / "cfg.json").exists()
+    assert (tmp_path / "heads.png").exists()
+    assert names["sweep"].engine == "native"
     assert capsys.readouterr().out.startswith("0.")
 
 

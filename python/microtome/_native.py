@@ -66,7 +66,7 @@ def rows(matrix: Tensor) -> Tensor:
 
 def empty(*shape: int) -> Tensor:
     """An uninitialised float32 result on the CPU; a large one is backed by large pages."""
-    out = torch.empty(*shape)
+    out = torch.empty(*shape, dtype=torch.float32, device="cpu")
     if out.nbytes >= _LARGE:
         module().ask_for_large_pages(out.data_ptr(), out.nbytes)
     return out

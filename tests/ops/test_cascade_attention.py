@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 import re
 
@@ -265,3 +267,7 @@ def test_a_row_without_a_base_starts_at_zero(backend: str) -> None:
         pytest.raises(errors.ArgumentError, match=f"^{re.escape(text)}$"),
     ):
         cascade_attention(**{**HAND, **none}, scale=1.0)
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    assert doctest.testmod(importlib.import_module("microtome.ops.cascade_attention")).failed == 0

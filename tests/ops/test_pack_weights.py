@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 
 import pytest
@@ -105,3 +107,10 @@ def test_what_is_wrong_is_said(
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape(text)}$"):
         pack_weights(W, kind)
+
+
+@pytest.mark.parametrize("name", ["pack_weights", "packed_linear", "delta_linear"])
+def test_the_examples_in_the_docstrings_hold(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"microtome.ops.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0

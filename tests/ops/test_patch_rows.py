@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from dataclasses import dataclass
 
@@ -293,3 +295,7 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape(text)}$"):
         patch_rows(**{**GOOD, **change})
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    assert doctest.testmod(importlib.import_module("microtome.ops.patch_rows")).failed == 0

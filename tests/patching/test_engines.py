@@ -164,6 +164,40 @@ def test_float32_agrees_to_rounding(name, engine):
         assert apart(found, wanted) < 1e-5, site
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_differences_in_bfloat16_stay_within_a_few_percent_of_the_effects(name):
+    model = families.build(name)
+    for site, axes in (
+        ("resid_pre", None),
+        ("z", ("layer", "position", "head")),
+        ("v", None),
+        ("neurons", ("layer", "position")),
+        ("mlp_out", ("layer",)),
+    ):
+        for metric in (logit_difference(11, 12), everything):
+            exact, fast = (
+                sweep(
+                    model, CLEAN, CORRUPTED, metric, site,
+                    axes=axes, precision=precision, progress=False,
+                )
+                for precision in ("fp32", "delta-bf16")
+            )  # fmt: skip
+            off = (exact.by_prompt - fast.by_prompt).abs().max()
+            assert off > 0
+            assert off < 0.03 * (exact.by_prompt - exact.unpatched).abs().max(), site
+            assert torch.equal(fast.written, exact.written)
+
+
+@pytest.mark.parametrize("engine", ["blocks", "forwards"])
+def test_a_model_in_bfloat16_is_measured_in_float32(engine):
+    model = families.build("llama").bfloat16()
+    found = sweep(model, CLEAN, CORRUPTED, everything, "z", engine=engine, progress=False)
+    assert found.by_prompt.dtype == torch.float32
+    twin = lambda logits: everything(logits.float())  # noqa: E731
+    wanted = naive_twin(model, found, CORRUPTED, CLEAN, twin)
+    assert apart(found, wanted) < 0.02
+
+
 MASKS = {
     "left": [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]],
     "right": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]],

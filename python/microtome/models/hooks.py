@@ -136,14 +136,16 @@ def _by_head(site: Site, visit: Visit) -> Visit:
         return visit
 
     def visit_heads(whole: Tensor) -> Tensor | None:
-        new = visit(_heads(site, whole))
+        new = visit(heads_of(site, whole))
         return None if new is None else _with_heads(site, whole, new)
 
     return visit_heads
 
 
-def _heads(site: Site, whole: Tensor) -> Tensor:
-    """The [b, t, h, d_head] of `site` in a module's tensor."""
+def heads_of(site: Site, whole: Tensor) -> Tensor:
+    """The [b, t, h, d_head] of `site` in a module's tensor, or in its gradient; a view."""
+    if not site.heads:
+        return whole
     assert site.d_head is not None
     assert site.kind is not None
     if site.heads == "first":
@@ -156,7 +158,7 @@ def _heads(site: Site, whole: Tensor) -> Tensor:
 
 
 def _with_heads(site: Site, whole: Tensor, new: Tensor) -> Tensor:
-    """The module's tensor with `new` in the place of what `_heads` read."""
+    """The module's tensor with `new` in the place of what `heads_of` read."""
     assert site.d_head is not None
     assert site.kind is not None
     if site.heads == "first":

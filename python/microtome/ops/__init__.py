@@ -1,6 +1,7 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
 from microtome.ops._registry import info, use_backend
+from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.cascade_attention import cascade_attention, swap_key_attention
 from microtome.ops.delta_linear import delta_linear
 from microtome.ops.pack_weights import pack_weights
@@ -20,6 +21,7 @@ __all__ = [
     "Code",
     "Screen",
     "UpdateRule",
+    "attribution_scores",
     "cascade_attention",
     "delta_linear",
     "info",

@@ -126,7 +126,7 @@ def _cpu(
     add = None if add is None else _native.rows(add)
     (T, i), r = x.shape, x_base.shape[0]
     at = _native.int32(index, r)
-    y = torch.empty(T, o, dtype=x.dtype)
+    y = _native.empty(T, o)
     bad = _native.module().delta_linear(
         x.data_ptr(),
         x.stride(0),

@@ -1,5 +1,7 @@
 """Activation patching: copy activations between runs, ablate them, and measure what changes."""
 
+from microtome.patching.attribution import attribute
+from microtome.patching.estimate import Attribution, Faithfulness, faithfulness
 from microtome.patching.features import sweep_error, sweep_features
 from microtome.patching.listed import Pairs, pairs, patch
 from microtome.patching.metrics import (
@@ -16,6 +18,8 @@ from microtome.patching.result import Sweep
 from microtome.patching.sweep import ablate, sweep
 
 __all__ = [
+    "Attribution",
+    "Faithfulness",
     "Metric",
     "Node",
     "Pairs",
@@ -23,6 +27,8 @@ __all__ = [
     "Sweep",
     "Write",
     "ablate",
+    "attribute",
+    "faithfulness",
     "kl_divergence",
     "log_probability",
     "logit_difference",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.models.native.plan import STAGES, Sources, Writes
 from microtome.ops import ADD, REPLACE, SCALE, ZERO
@@ -34,6 +35,7 @@ class Shape:
         layers, b, t: layers, prompts, positions.
         first, stop: [b] int64, the positions of each prompt that count are first ... stop - 1.
         heads, kv_heads, d_head, d_mlp, d: of the model.
+        chained: each block reads what the one before it gave, and nothing else.
     """
 
     layers: int
@@ -46,14 +48,20 @@ class Shape:
     d_head: int
     d_mlp: int
     d: int
+    chained: bool = True
+
+    def stage(self, site: str, layer: int) -> tuple[int, str]:
+        """Layer and stage of a site: in a chain resid_post of a layer is resid_pre of the next."""
+        return (layer + 1, "resid_pre") if self.chained and site == "resid_post" else (layer, site)
 
     def padding(self, positions: Tensor) -> Tensor:
         """[b, m] bool: which of some positions [b, m] of the prompts are padding."""
         return (positions < self.first[:, None]) | (positions >= self.stop[:, None])
 
     def unit(self, site: str) -> int:
-        """Columns of one head or neuron."""
-        return {"pattern": self.t, "neurons": 1}.get(site, self.d_head)
+        """Columns of one head or neuron, or of a stream."""
+        own = {"pattern": self.t, "neurons": 1}
+        return own.get(site, self.d_head if site in HEADED else self.d)
 
     def units(self, site: str) -> int:
         """How many heads or neurons a site has; 1 for a stream."""
@@ -63,7 +71,7 @@ class Shape:
 
     def width(self, site: str) -> int:
         """Columns of a site in all."""
-        return self.units(site) * self.unit(site) if site in (*HEADED, "neurons") else self.d
+        return self.units(site) * self.unit(site)
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,6 @@ class Values:
     kind: str
     sources: Sources
     partner: Tensor
-
-
-def at_stage(site: str, layer: int) -> tuple[int, str]:
-    """Layer and stage of a site: resid_post of a layer is resid_pre of the next."""
-    return (layer + 1, "resid_pre") if site == "resid_post" else (layer, site)
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,8 @@ class Grid:
             row = torch.arange(c * b).repeat_interleave(t)
             position = all_positions.repeat(c * b)
         prompt, cell = row % b, row // b
-        layer = where["layer"][cell]
-        if self.site == "resid_post":
-            layer = layer + 1
-        stage = STAGES.index("resid_pre" if self.site == "resid_post" else self.site)
+        above, stage = shape.stage(self.site, 0)
+        layer = where["layer"][cell] + above
         unit = shape.unit(self.site)
         name = "neuron" if self.site == "neurons" else "head"
         if name in where:
@@ -182,7 +183,7 @@ class Grid:
         out = Writes(
             row,
             layer,
-            torch.full_like(row, stage),
+            torch.full_like(row, STAGES.index(stage)),
             position,
             lo,
             hi,
@@ -213,6 +214,8 @@ def make_grid(
     Raises:
         ArgumentError: the site has no such axis, or an axis no such place.
     """
+    _check.one_of(caller, "site", site, tuple(AXES))
+    _check.one_of(caller, "op", op, tuple(OPS))
     wanted = tuple(a for a in axes if a != "layer") if axes is not None else AXES[site][0]
     if sorted(wanted) not in [sorted(known) for known in AXES[site]]:
         has = "; ".join(", ".join(("layer", *known)) for known in AXES[site])

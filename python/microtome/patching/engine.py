@@ -64,7 +64,7 @@ def engine_for(
         mask = None
     hides = mask is None or takes_mask(model)
     if not hides and bool((first > 0).any()):  # padding after a prompt is hidden by causality
-        raise ArgumentError(_no_mask(op, model))
+        raise ArgumentError(no_mask(op, model))
     sources = first if paired else torch.zeros(len(source)).long()
     delta = precision == "delta-bf16"
     why = f"engine {engine!r} was asked for"
@@ -86,7 +86,7 @@ def engine_for(
         msg = f"{op}: precision 'delta-bf16' needs the native engine, but {why}. Use 'fp32'."
         raise ArgumentError(msg)
     if not hides:
-        raise ArgumentError(_no_mask(op, model))
+        raise ArgumentError(no_mask(op, model))
     found = HookEngine(
         op,
         model,
@@ -115,7 +115,8 @@ def _with_site(op: str, site: str, engine: AnyEngine) -> AnyEngine:
     return engine
 
 
-def _no_mask(op: str, model: nn.Module) -> str:
+def no_mask(op: str, model: nn.Module) -> str:
+    """What to say of a model that cannot leave padding out."""
     return (
         f"{op}: {type(model).__name__}.forward takes no attention_mask, so it cannot leave padding "
         "out. Pass prompts of one length without padding."

@@ -215,6 +215,7 @@ def _execute(
     mark = "" if resume is None else _fingerprint(engine, job)
     partial = Partial(op, resume, mark, unpatched, scores, written)
     done = partial.load()
+    partial.save(done)  # so that a place that cannot be written is known before the work
     with closing(_bar(op, cells.count, progress)) as bar:
         bar.update(done)
         for low in range(done, cells.count, size):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
 from microtome.models.native.weights import weights_key
-from microtome.patching.cells import at_stage
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import Engine, Job, execute
 from microtome.patching.feature_cells import ErrorCells, FeatureCells
@@ -260,7 +259,7 @@ def _ready(
     if not layer.isdigit() or int(layer) >= layers:
         msg = f"{op}: no site {at!r}; the model has {kind}.0 ... {kind}.{layers - 1}."
         raise SiteError(msg)
-    place = at_stage(kind, int(layer))
+    place = ready.shape.stage(kind, int(layer))
     x = ready.activation(*place)
     if x.shape[1] != width:
         msg = f"{op}: the autoencoder has d={width}, but {at} has d={x.shape[1]}."

@@ -6,8 +6,9 @@ base run's stream. That this gives the model's own output is verified once, befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from microtome.models.capture import call, capture, evaluating, logits_of
 from microtome.models.families import family_of
 from microtome.models.native.plan import STAGES, Plan
 from microtome.models.native.weights import weights_key
-from microtome.models.sites import canonical
+from microtome.models.sites import Site, canonical
 from microtome.models.splice import splice
 from microtome.ops import patch_rows
 from microtome.patching.cells import HEADED, Shape
@@ -62,8 +63,8 @@ class HookEngine:
         self.mask = mask
         if mask is not None:
             self.mask = torch.cat((mask, mask if paired else torch.ones_like(source).to(mask)))
-        self.path, self.blocks = find_blocks(op, model)
-        self.known = set(canonical(op, model)) if family_of(model) is not None else set()
+        self.known = canonical(op, model) if family_of(model) is not None else {}
+        self.path, self.blocks = find_blocks(op, model, self.known)
         self._held: dict[str, list[Tensor]] = {}
         self.vocabulary = self._logits(torch.zeros(1).long()).shape[-1]
         self.shape = self._shape(len(base), span)
@@ -72,6 +73,7 @@ class HookEngine:
         if skip:
             self.note = self._why_not_skip()
             self.name = "forwards" if self.note else "blocks"
+        self.shape = replace(self.shape, chained=self.name == "blocks")
 
     def lacks(self, site: str) -> str:
         """Why the model has no sites of this kind, or an empty string."""
@@ -83,7 +85,7 @@ class HookEngine:
                 f"{name} is no architecture with a known {site}; of its blocks, {self.path}, "
                 "resid_pre and resid_post can be patched"
             )
-        kinds = dict.fromkeys(known.partition(".")[0] for known in canonical(self.op, self.model))
+        kinds = dict.fromkeys(known.partition(".")[0] for known in self.known)
         return f"{name} has no {site}; it has {', '.join(kinds)}"
 
     def fingerprint(self) -> bytes:
@@ -259,12 +261,7 @@ class HookEngine:
 
     def _name(self, kind: str, layer: int) -> str | None:
         """What `capture` and `splice` call a site, or None where the model has none."""
-        name = f"{kind}.{layer}"
-        if name in self.known:
-            return name
-        if self.known or kind not in ("resid_pre", "resid_post"):
-            return None
-        return f"{self.path}.{layer}" + (":in" if kind == "resid_pre" else "")
+        return site_name(self.known, self.path, kind, layer)
 
     def _site(self, kind: str, layer: int) -> str:
         name = self._name(kind, layer)
@@ -272,18 +269,24 @@ class HookEngine:
         return name
 
 
-def find_blocks(op: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks: the ModuleList of one class that holds most parameters, and its path.
+def find_blocks(op: str, model: nn.Module, known: dict[str, Site]) -> tuple[str, nn.ModuleList]:
+    """The list of blocks and its path.
+
+    It is the one that sites lie in where the architecture is known, else of the ModuleLists whose
+    modules have a class in common the one that holds most parameters.
 
     Raises:
         SiteError: there is none.
     """
+    if known:
+        path = known["resid_pre.0"].path.rpartition(".")[0]
+        blocks = model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        return path, blocks
     lists = [
         (sum(p.numel() for p in module.parameters()), path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList) and _alike(module)
     ]
     if not lists:
         msg = (
@@ -293,6 +296,29 @@ def find_blocks(op: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise SiteError(msg)
     _, path, blocks = max(lists, key=lambda found: found[0])
     return path, blocks
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether all modules of a list have a class in common that not every module has."""
+    classes = [set(type(module).__mro__) for module in modules]
+    return bool(classes) and bool(set.intersection(*classes) - set(nn.Module.__mro__))
+
+
+def site_name(known: Collection[str], path: str, kind: str, layer: int) -> str | None:
+    """What `capture` calls a site, or None where the model has none.
+
+    Args:
+        known: the model's canonical sites, empty for an unknown architecture.
+        path: of its list of blocks.
+        kind: such as "z".
+        layer: counted from 0.
+    """
+    name = f"{kind}.{layer}"
+    if name in known:
+        return name
+    if known or kind not in ("resid_pre", "resid_post"):
+        return None
+    return f"{path}.{layer}" + (":in" if kind == "resid_pre" else "")
 
 
 def packed(stage: str, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
 from microtome.models.native.plan import STAGES, Plan, Sources, Writes
 from microtome.ops import ADD, REPLACE, SCALE, ZERO
-from microtome.patching.cells import HEADED, Shape, at_stage
+from microtome.patching.cells import HEADED, Shape
 from microtome.patching.engine import engine_for
 from microtome.patching.execute import Engine, Job, execute
 from microtome.patching.metrics import Metric, as_metric
@@ -122,7 +122,7 @@ class ListedCells:
         """The rows of one write of one cell."""
         shape = self.engine.shape
         site, layer = _place(self.op, write.site, self.engine)
-        place = at_stage(site, layer)
+        place = shape.stage(site, layer)
         b, t = shape.b, shape.t
         position = torch.arange(t)
         if write.positions is not None:
@@ -324,8 +324,8 @@ def _place(op: str, name: str, engine: Engine) -> tuple[str, int]:
     """Kind and layer of a site."""
     kind, _, layer = name.partition(".")
     layers = engine.shape.layers
-    if kind not in (*STAGES, "resid_post") or not layer.isdigit() or int(layer) >= layers:
-        has = ", ".join((*STAGES, "resid_post"))
+    if kind not in STAGES or not layer.isdigit() or int(layer) >= layers:
+        has = ", ".join(STAGES)
         msg = f"{op}: no site {name!r}; there are {has}, each with a layer, .0 to .{layers - 1}."
         raise SiteError(msg)
     if why := engine.lacks(kind):

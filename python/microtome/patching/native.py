@@ -107,13 +107,9 @@ class NativeEngine:
         Yields:
             Row [N], slot [N] and logits [N, c] of what the writes reach; the rest is unpatched.
         """
-        b, t = self.shape.b, self.shape.t
-        slot = torch.full((b, t), -1, dtype=torch.int64)
-        slot.scatter_(1, slots, torch.arange(slots.shape[1]).expand(b, -1).contiguous())
+        first, stop = self.shape.first[:, None], self.shape.stop[:, None]
         readout = torch.zeros(self.run.shape, dtype=torch.bool)
-        position = torch.arange(t)
-        counts = (position >= self.shape.first[:, None]) & (position < self.shape.stop[:, None])
-        readout[:b] = (slot >= 0) & counts
+        readout[: self.shape.b].scatter_(1, slots, (slots >= first) & (slots < stop))
         waves = self.runner.waves(self.run, plan, readout, delta=self.delta, memory=self.memory)
         for rows, final in waves:
             row = rows[final.row.cpu()]
@@ -121,7 +117,9 @@ class NativeEngine:
             own = None if columns is None else columns[prompt]
             with torch.no_grad():
                 logits = self._logits(final.stream, own)
-            yield row, slot[prompt, final.position.cpu()], logits
+            # A position may be read at several slots.
+            at, slot = (final.position.cpu()[:, None] == slots[prompt]).nonzero(as_tuple=True)
+            yield row[at], slot, logits[at.to(logits.device)]
 
     def _logits(self, stream: Tensor, columns: Tensor | None) -> Tensor:
         """[N, d] -> [N, c], each row its own columns [N, c]."""

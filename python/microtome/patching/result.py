@@ -107,8 +107,16 @@ class Sweep:
             tokens: the prompt's tokens, to label positions.
 
         Raises:
+            ArgumentError: there are fewer tokens than positions.
             PackageError: matplotlib is not installed.
         """
+        by_position = self.axes[1:2] == ("position",)
+        if tokens is not None and by_position and len(tokens) <= max(self.values[1]):
+            msg = (
+                f"Sweep.plot: tokens has {len(tokens)} entries, but position {max(self.values[1])} "
+                "is drawn. Pass all tokens of the prompt."
+            )
+            raise ArgumentError(msg)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -129,7 +137,7 @@ class Sweep:
         if len(self.axes) > 1:
             axes.set_xlabel(self.axes[1])
             labels = [str(v) for v in self.values[1]]
-            if tokens is not None and self.axes[1] == "position":
+            if tokens is not None and by_position:
                 labels = [f"{tokens[int(v)]} {v}" for v in self.values[1]]
             step = max(1, columns // 48)
             axes.set_xticks(

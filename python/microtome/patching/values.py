@@ -11,7 +11,7 @@ from torch import Tensor
 from microtome import _check
 from microtome._seed import generator
 from microtome.errors import ArgumentError, ShapeError
-from microtome.patching.cells import Grid, Shape, Values, at_stage
+from microtome.patching.cells import Grid, Shape, Values
 
 
 class Activations(Protocol):
@@ -26,7 +26,7 @@ class Activations(Protocol):
 
 def run_values(engine: Activations, grid: Grid, layers: Iterable[int]) -> Values:
     """The source prompts' own activations at the same place."""
-    places = [at_stage(grid.site, layer) for layer in layers]
+    places = [engine.shape.stage(grid.site, layer) for layer in layers]
     sources = {place: engine.activation(*place) for place in places}
     return Values("run", sources, torch.arange(engine.shape.b) + engine.shape.b)
 
@@ -63,13 +63,15 @@ def ablation_values(
     nobody = torch.zeros(b, dtype=torch.int64)
     if grid.op == "scale" or (isinstance(value, str) and value == "zero"):
         return Values("none", {}, nobody)
-    places = [at_stage(grid.site, layer) for layer in layers]
+    places = [shape.stage(grid.site, layer) for layer in layers]
     if isinstance(value, Tensor):
         width, unit = shape.width(grid.site), shape.unit(grid.site)
         if value.dim() != 1 or value.numel() not in (width, unit):
+            part = "neuron" if grid.site == "neurons" else "head"
+            or_one = "" if unit == width else f" (or {unit}, one {part})"
             msg = (
-                f"ablate: value must be a vector of {width} numbers (or {unit}, one head), got "
-                f"shape {list(value.shape)}."
+                f"ablate: value must be a vector of {width} numbers{or_one}, got shape "
+                f"{list(value.shape)}."
             )
             raise ShapeError(msg)
         like = engine.activation(*places[0])

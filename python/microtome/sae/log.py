@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from microtome.errors import ArgumentError
+from microtome.errors import ArgumentError, CheckpointError
 from microtome.sae import files
 from microtome.sae.config import TrainConfig
 
@@ -21,8 +21,8 @@ class Sink(Protocol):
         """Take one logged step; `line["step"]` is its number."""
         ...
 
-    def close(self) -> None:
-        """No more will come."""
+    def close(self, *, failed: bool) -> None:
+        """No more will come; `failed` where an error or an interrupt ended the run."""
         ...
 
 
@@ -64,8 +64,9 @@ class JsonLines:
         with files.disk_errors(self.path):
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Close the file."""
+        del failed
         with files.disk_errors(self.path):
             self._file.close()
 
@@ -81,37 +82,58 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 class _WandB:
     def __init__(self, project: str, config: TrainConfig, out: Path | None) -> None:
-        wandb = _import("wandb", "wandb", project)
+        init = _import("wandb", "init", "wandb", project)
         # The same folder continues the same run after a crash.
-        name = None if out is None else hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-        resume = None if out is None else "allow"
-        self.run = wandb.init(project=project, id=name, resume=resume, config=config.to_dict())
+        name, resume = (None, None) if out is None else (_wandb_id(out), "allow")
+        self.run = init(project=project, id=name, resume=resume, config=config.to_dict())
 
     def write(self, line: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, *, failed: bool) -> None:
+        # Without an exit code a run that an exception ended would be shown as finished.
+        self.run.finish(exit_code=int(failed))
+
+
+def _wandb_id(out: Path) -> str:
+    """The id of a folder's run at Weights & Biases, drawn once and kept in wandb.json.
+
+    An id made of the path would let a run that begins anew there, or at the same path of another
+    machine, go on with a run whose steps are higher, and those that come are then ignored.
+    """
+    path = out / "wandb.json"
+    if path.exists():
+        kept = files.read_json(path)
+        if isinstance(kept, dict) and isinstance(kept.get("id"), str):
+            return str(kept["id"])
+        msg = f"train: {path} holds no id of a run. Remove it to begin another run there."
+        raise CheckpointError(msg)
+    drawn = uuid.uuid4().hex[:16]
+    files.write_json(path, {"id": drawn})
+    return drawn
 
 
 class _TensorBoard:
     def __init__(self, folder: str, resumed: int) -> None:
-        tensorboard = _import("torch.utils.tensorboard", "tensorboard", folder)
-        self.writer = tensorboard.SummaryWriter(folder, purge_step=resumed + 1)
+        writer = _import("torch.utils.tensorboard", "SummaryWriter", "tensorboard", folder)
+        # Steps after the checkpoint, which the run takes again, are hidden by those that come.
+        self.writer = writer(folder, purge_step=resumed + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
             if name != "step":
                 self.writer.add_scalar(name, value, line["step"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
+        del failed
         self.writer.close()
 
 
-def _import(module: str, package: str, value: str) -> Any:
+def _import(module: str, name: str, package: str, value: str) -> Any:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
+        return getattr(importlib.import_module(module), name)
+    # AttributeError: wandb writes into ./wandb, which python imports where the package is absent.
+    except (ImportError, AttributeError) as error:
         msg = f"TrainConfig: {package}={value!r} needs the package {package!r}, which cannot be "
         msg += f"imported ({error}). "
         msg += f"Install it (pip install {package}) or leave {package}=None."
@@ -123,6 +145,7 @@ def extra_sinks(config: TrainConfig, out: Path | None, resumed: int) -> list[Sin
 
     Raises:
         ArgumentError: one is asked for and not installed.
+        CheckpointError: the wandb.json of `out` cannot be read or written.
     """
     sinks: list[Sink] = []
     if config.wandb is not None:

@@ -80,7 +80,7 @@ class Run:
         try:
             self._sinks = extra_sinks(config, out, self.step)
         except BaseException:
-            self.close()
+            self.close(failed=True)
             raise
         if self._log is not None:
             self._sinks.insert(0, self._log)
@@ -116,10 +116,10 @@ class Run:
             self.sae.save_pretrained(self.out / "sae", metadata)
             files.write_json(self.out / "metrics.json", metrics)
 
-    def close(self) -> None:
-        """Close the log and the loggers."""
+    def close(self, *, failed: bool) -> None:
+        """Close the log and the loggers; `failed` where training did not come to its end."""
         for sink in self._sinks or [s for s in (self._log,) if s is not None]:
-            sink.close()
+            sink.close(failed=failed)
 
 
 def _identity(

@@ -64,9 +64,9 @@ def train(
         config: the settings.
         held_out: rows to evaluate on, of the same kinds; None for no evaluation.
         out: the run's folder: config.json, log.jsonl, checkpoints/step_N, sae (SAELens layout),
-            metrics.json. A folder that holds a run with the same settings is continued from its
-            newest whole checkpoint, with the same bits as if it had never stopped, given the same
-            machine and thread count.
+            metrics.json, and wandb.json where Weights & Biases logs. A folder that holds a run
+            with the same settings is continued from its newest whole checkpoint, with the same
+            bits as if it had never stopped, given the same machine and thread count.
         progress: show a progress bar.
 
     Returns:
@@ -86,6 +86,7 @@ def train(
     held = None if held_out is None else as_source("train", held_out, sae.d_model)
     stepper: Stepper = FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
     run = Run(None if out is None else Path(out), sae, stepper, source, config)
+    failed = True
     try:
         if run.step == 0:
             start_b_dec_(sae, source, config)
@@ -99,8 +100,9 @@ def train(
         if held is not None:
             metrics.update(evaluate(sae, held, progress=progress).to_dict())
         run.finish(metrics, _metadata(source, metrics))
+        failed = False
     finally:
-        run.close()
+        run.close(failed=failed)
     return TrainResult(sae, run.history, metrics, run.out)
 
 

@@ -17,6 +17,7 @@ from microtome.testing.compare import (
     max_error,
     skip_if_interpreted,
 )
+from microtome.testing.device import ops_on
 
 __all__ = [
     "ATTENTION_CASES",
@@ -33,5 +34,6 @@ __all__ = [
     "interpreted",
     "level_parameters",
     "max_error",
+    "ops_on",
     "skip_if_interpreted",
 ]

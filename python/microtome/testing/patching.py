@@ -73,3 +73,12 @@ def everything(logits: Tensor) -> Tensor:
     """A metric that every logit moves."""
     weights = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view(logits[0].shape)
     return (logits * weights).sum((1, 2))
+
+
+def untouched(model: nn.Module) -> None:
+    """No hook is left on any module, nor a forward of its own."""
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+    assert torch.is_grad_enabled()

@@ -15,7 +15,7 @@ from microtome.integrations.transformer_lens.rows import say_once
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
-from microtome.patching.cells import HEADED, at_stage
+from microtome.patching.cells import HEADED, Shape
 from microtome.patching.hooked import packed
 from microtome.patching.native import NativeEngine
 from microtome.patching.prompts import spans
@@ -65,7 +65,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             say_once(f"{request.op}: {why}")
             return None
         plan = _plan(request, kind, engine)
-        plan = plan.without_unchanged(_own(request, kind), engine.shape.t)
+        plan = plan.without_unchanged(_own(request, kind, engine.shape), engine.shape.t)
         try:
             try:
                 return _scores(request, engine, plan, _reads(request, engine))
@@ -121,7 +121,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
     sources = {}
     for layer, hook in request.hooks.items():
         clean = request.clean[hook].to(device)
-        sources[at_stage(kind, layer)] = packed(kind, clean.expand(b, *clean.shape[1:]))
+        sources[shape.stage(kind, layer)] = packed(kind, clean.expand(b, *clean.shape[1:]))
     count = len(request.cells)
     cells = torch.tensor(request.cells, dtype=torch.int64).reshape(count, -1)
     where = {axis: cells[:, 1 + i] for i, (axis, _) in enumerate(request.stock.axes)}
@@ -141,7 +141,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
     if "src_pos" in where:
         lo = lo + where["src_pos"][cell]
         hi = lo + 1
-    place = [at_stage(kind, layer) for layer in cells[:, 0].tolist()]
+    place = [shape.stage(kind, layer) for layer in cells[:, 0].tolist()]
     layer = torch.tensor([at for at, _ in place], dtype=torch.int64)[cell]
     stage = STAGES.index(place[0][1] if place else "resid_pre")
     full = lambda value: torch.full_like(rows, value)  # noqa: E731
@@ -153,7 +153,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
     return Plan(torch.arange(b).repeat(count), writes.select(counts), sources)
 
 
-def _own(request: PatchRequest, kind: str) -> Any:
+def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
     A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
@@ -164,7 +164,7 @@ def _own(request: PatchRequest, kind: str) -> Any:
     _, cache = request.model.run_with_cache(
         request.tokens, names_filter=lambda name: name in wanted, **rows
     )
-    held = {at_stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
+    held = {shape.stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
     return lambda layer, stage: held[layer, stage]
 
 

@@ -54,21 +54,22 @@ class Layer:
         found: Tensor = getattr(self, name)
         return found.flatten(1)
 
-    def qkv_base(self, index: Tensor) -> Base | None:
+    def qkv_base(self, index: Tensor, exact: Tensor) -> Base | None:
         """The base of the fused projection under rows that stand on tokens `index`."""
-        return None if self.normed1 is None else Base(self.normed1, self.qkv, index)
+        return None if self.normed1 is None else Base(self.normed1, self.qkv, index, exact)
 
-    def out_base(self, index: Tensor) -> Base | None:
+    def out_base(self, index: Tensor, exact: Tensor) -> Base | None:
         """The base of the attention's output projection."""
-        return None if self.normed1 is None else Base(self.z, self.attn, index)
+        return None if self.normed1 is None else Base(self.z, self.attn, index, exact)
 
-    def mlp_bases(self, index: Tensor) -> tuple[Base | None, Base | None]:
+    def mlp_bases(self, index: Tensor, exact: Tensor) -> tuple[Base | None, Base | None]:
         """The bases of the MLP's two products."""
         if self.normed2 is None or self.hidden is None:
             return None, None
         assert self.neurons is not None
         assert self.mlp is not None
-        return Base(self.normed2, self.hidden, index), Base(self.neurons, self.mlp, index)
+        into = Base(self.normed2, self.hidden, index, exact)
+        return into, Base(self.neurons, self.mlp, index, exact)
 
 
 @dataclass(frozen=True)

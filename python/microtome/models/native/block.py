@@ -15,19 +15,21 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Mlp:
-    """neurons = act(x W_in), or act(first half) * second half where gated; out = neurons W_out.
+    """neurons = act(x W_in), or act(first half) * second half + shift; out = neurons W_out.
 
     Attributes:
         into: [d] -> [d_mlp], or [2 d_mlp] with the gate first.
         act: the nonlinearity.
         gated: whether `into` holds a gate.
         out: [d_mlp] -> [d].
+        shift: [d_mlp], added to gated neurons, or None.
     """
 
     into: Linear
     act: Map
     gated: bool
     out: Linear
+    shift: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -39,7 +41,8 @@ class Mlp:
         if not self.gated:
             return self.act(hidden)
         gate, up = hidden.chunk(2, dim=-1)
-        return self.act(gate) * up
+        out = self.act(gate) * up
+        return out if self.shift is None else out + self.shift
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,14 @@ class Changes:
         table = torch.stack((row, position, w.lo, w.hi, w.source, w.op), 1)[inside].int()
         return patch_rows(held, sources, cut, table, w.factor[inside].to(held.dtype))
 
-    def written(self, layer: int, stage: str, rows: Rows) -> list[int]:
-        """Places of the rows that have a write at this stage."""
+    def wants(self, layer: int, stage: str, keys: Tensor) -> Tensor:
+        """[T] bool, which of the tokens known by `keys` have a write at this stage."""
         w = self.writes.get((layer, stage))
         if w is None:
-            return []
-        place = rows.of(len(self.plan.example))[w.row]
-        return place[place >= 0].unique().tolist()
+            return torch.zeros_like(keys, dtype=torch.bool)
+        return torch.isin(keys, w.row * self.base.shape[1] + w.position)
 
     def touched(self, layer: int, stage: str, rows: Rows) -> bool:
         """Whether a row has a write at this stage."""
-        return bool(self.written(layer, stage, rows))
+        w = self.writes.get((layer, stage))
+        return w is not None and bool(torch.isin(w.row, rows.ids).any())

@@ -112,7 +112,7 @@ def _mlp(mlp: Any, cfg: Any) -> Mlp:
         act = lambda x: norm(inner(x))  # noqa: E731
     out = Linear(mlp.W_out.T, mlp.b_out)
     if cfg.gated_mlp:
-        zero = mlp.b_in.new_zeros(mlp.b_in.shape)
         weight = torch.cat([mlp.W_gate.T, mlp.W_in.T])
-        return Mlp(Linear(weight, torch.cat([zero, mlp.b_in])), act, True, out)
+        shift = mlp.b_in.detach() if bool(mlp.b_in.any()) else None  # added after the gate
+        return Mlp(Linear(weight, None), act, True, out, shift)
     return Mlp(Linear(mlp.W_in.T, mlp.b_in), act, False, out)

@@ -21,11 +21,13 @@ class Base:
         x: [r, i], its inputs, one row per token of the base run.
         y: [r, o], its outputs, bias included.
         index: [T] int32, the base token that each packed row stands on.
+        exact: [e] int64, packed rows to multiply in float32 all the same, for they differ most.
     """
 
     x: Tensor
     y: Tensor
     index: Tensor
+    exact: Tensor
 
 
 class Linear:
@@ -66,9 +68,11 @@ class Linear:
             [T, o], accumulated in float32 (float64 for float64).
         """
         if base is not None:
-            return delta_linear(
-                x, base.x, base.y, base.index, self.packed("bf16"), self.out_features, add
-            )
+            packed, e = self.packed("bf16"), base.exact
+            y = delta_linear(x, base.x, base.y, base.index, packed, self.out_features, add)
+            if len(e):
+                y[e] = self(x[e], None if add is None else add[e])
+            return y
         if _packs(x):
             return packed_linear(x, self.packed("fp32"), self.out_features, self.bias, add)
         y = F.linear(x, self.weight, self.bias)

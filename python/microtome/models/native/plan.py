@@ -10,8 +10,9 @@ from torch import Tensor
 
 from microtome.ops.patch_rows import ADD, REPLACE, ZERO
 
-# The stages of a layer in the order a forward passes them. resid_post of layer l is resid_pre of
-# l + 1; resid_pre of layer L, past the last block, is the final stream.
+# The stages of a layer in the order a forward passes them. In a chain of blocks resid_post of layer
+# l is resid_pre of l + 1, and resid_pre of layer L, past the last block, is the final stream; parts
+# know no resid_post.
 STAGES = (
     "resid_pre",
     "q",
@@ -23,6 +24,7 @@ STAGES = (
     "resid_mid",
     "neurons",
     "mlp_out",
+    "resid_post",
 )
 Sources = dict[tuple[int, str], Tensor]
 Site = Callable[[int, str], Tensor]

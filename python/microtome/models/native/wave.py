@@ -2,8 +2,10 @@
 
 A row joins the packed batch at the layer of its first write and carries the positions from its
 first write on; earlier keys and values are the base run's, shared by all rows. In the last block
-only the positions that are read ask and go on. (Exactness: every product, norm and softmax is the
-one the full forward computes; rows before the write, and layers below it, are the base run's own.)
+only the positions that are read ask and go on. Every product, norm and softmax is the one the full
+forward computes; rows before the write, and layers below it, are the base run's own. In the delta
+form the first token of each row, which differs most, and the positions that are read in the last
+block keep float32 products.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microtome.models.native.base import BaseRun, Layer, attend, softmax_scores
+from microtome.models.native.base import BaseRun, Layer, attend
 from microtome.models.native.block import Block
 from microtome.models.native.changes import Changes
 from microtome.models.native.linear import Base
+from microtome.models.native.patterned import patterned
 from microtome.models.native.plan import STAGES, Plan
 from microtome.models.native.rows import Rows
 from microtome.ops import swap_key_attention
@@ -91,11 +94,11 @@ class Wave:
                         posts.append(self.with_mlp(layer, *part))
                     else:
                         mids.append(part)
-            if not block.parallel:
-                mids = [
-                    (rows, kept, self.at.write(layer, "resid_mid", rows.keys[kept], stream))
-                    for rows, kept, stream in mids
-                ]
+            # Before those join that a write to resid_mid brings: theirs is done by joining.
+            mids = [
+                (rows, keep, self.at.write(layer, "resid_mid", rows.keys[keep], stream))
+                for rows, keep, stream in mids
+            ]
             joining = self.at.entering(layer, "resid_mid")
             if joining is not None:
                 joining = self.late(joining, last)
@@ -108,11 +111,11 @@ class Wave:
             if mids:
                 keys, index = tokens_of(mids)
                 mid = torch.cat([stream for _, _, stream in mids])
-                if not block.parallel:
-                    x = self.mlp(layer, mid, mid, keys, index)
-                else:
-                    pre = x if not last else x[mids[0][1]]
-                    x = self.mlp(layer, pre, mid, keys, index)
+                exact = first_tokens(mids) if self.delta and not last else None
+                pre = mid
+                if block.parallel:
+                    pre = x[mids[0][1]] if last else x
+                x = self.mlp(layer, pre, mid, keys, index, exact)
             joined_rows = [rows for rows, _, _ in mids + posts]
             if joined_rows:
                 live = Rows.cat(joined_rows)
@@ -189,7 +192,7 @@ class Wave:
         else:
             z = self.heads(layer, rows, enter, x, keep)
             z = self.at.write(layer, "z", keys, z)
-        base = kept.out_base(index) if self.delta else None
+        base = kept.out_base(index, rows.offset) if self.delta and keep is None else None
         if block.post_attention is None and not self.at.touched(layer, "attn_out", rows):
             return rows, every, block.out(z, add=stream, base=base)
         out = block.out(z, base=base)
@@ -204,7 +207,7 @@ class Wave:
         asking = rows.index if keep is None else rows.index[keep]
         if enter == "pattern":
             z = kept.z[asking]
-            return self.patterned(layer, rows, keep, z, None)
+            return patterned(self.base, self.at, layer, rows, keep, z, None)
         if x is not None:
             q, k, v = self.project(layer, rows, x, keep)
         else:
@@ -229,7 +232,7 @@ class Wave:
         )
         z = z.flatten(1)
         if self.at.touched(layer, "pattern", rows):
-            z = self.patterned(layer, rows, keep, z, (q, k, v))
+            z = patterned(self.base, self.at, layer, rows, keep, z, (q, k, v))
         return z
 
     def project(
@@ -238,23 +241,20 @@ class Wave:
         """Queries of the tokens kept, keys and values of all, before rotation."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         hidden = block.norm1(x)
-        base = kept.qkv_base(rows.index) if self.delta else None
+        base = kept.qkv_base(rows.index, rows.offset) if self.delta else None
         if keep is None:
             return block.split(block.qkv(hidden, base=base))
         cut, end = block.heads * block.d_head, block.qkv.out_features
-        asks = tells = None
         if base is not None:
-            asks = Base(base.x, base.y[:, :cut].contiguous(), base.index[keep])
-            tells = Base(base.x, base.y[:, cut:].contiguous(), base.index)
-        q = block.queries(block.qkv.columns(0, cut)(hidden[keep], base=asks))
-        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=tells))
+            base = Base(base.x, base.y[:, cut:].contiguous(), base.index, base.exact)
+        q = block.queries(block.qkv.columns(0, cut)(hidden[keep]))
+        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=base))
 
     def swapped(self, layer: int, rows: Rows, last: bool) -> tuple[Rows, Tensor, Tensor]:
         """Rows that replace one position of the stream: of every softmax one key changes."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         stream = self.at.join(layer, "resid_pre", rows)
-        base = kept.qkv_base(rows.index[rows.offset]) if self.delta else None
-        q, k, v = block.split(block.qkv(block.norm1(stream[rows.offset]), base=base))
+        q, k, v = block.split(block.qkv(block.norm1(stream[rows.offset])))
         q, k = block.rotate(q, rows.start), block.rotate(k, rows.start)
         held = (
             kept.z.unflatten(-1, (block.heads, -1)),
@@ -277,65 +277,24 @@ class Wave:
         keep = self.reading(rows) if last else torch.arange(rows.tokens, device=z.device)
         if last:
             z, stream = z[keep], stream[keep]
-        out = kept.out_base(rows.index[keep]) if self.delta else None
+        out = kept.out_base(rows.index, rows.offset) if self.delta and not last else None
         if block.post_attention is None:
             return rows, keep, block.out(z, add=stream, base=out)
         return rows, keep, stream + block.post_attention(block.out(z, base=out))
 
-    def patterned(
+    def mlp(
         self,
         layer: int,
-        rows: Rows,
-        keep: Tensor | None,
-        z: Tensor,
-        own: tuple[Tensor, Tensor, Tensor] | None,
+        x: Tensor,
+        add: Tensor,
+        keys: Tensor,
+        index: Tensor,
+        exact: Tensor | None,
     ) -> Tensor:
-        """Heads' outputs with the writes to the attention pattern of their rows.
+        """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out.
 
-        One row at a time: the pattern is formed, written to, and applied to the row's values.
-
-        Args:
-            layer: which.
-            rows: all rows of the batch.
-            keep: the tokens that ask, or None for all.
-            z: [T or kept, h * d_head], right for rows without such writes.
-            own: queries of the kept tokens and keys and values of the rows; the base run's if None.
+        In the delta form `exact` [T] bool are the tokens in float32; None is all of them.
         """
-        block, kept, (_, t) = (
-            self.base.stack.blocks[layer],
-            self.base.layers[layer],
-            self.base.shape,
-        )
-        which = self.at.written(layer, "pattern", rows)
-        tokens = torch.arange(rows.tokens, device=z.device) if keep is None else keep
-        group, z = block.heads // block.kv_heads, z.clone()
-        for i in which:
-            here = (rows.row[tokens] == i).nonzero().flatten()  # of z
-            a, b = int(rows.offset[i]), int(rows.offset[i] + rows.count[i])
-            example, start = int(rows.example[i]), int(rows.start[i])
-            whole = slice(example * t, example * t + int(rows.stop[i]))
-            k, v = kept.k_turned[whole], kept.v[whole]
-            q = kept.q_turned[rows.index[tokens[here]]]
-            if own is not None:
-                q = own[0][here]
-                k, v = torch.cat((k[:start], own[1][a:b])), torch.cat((v[:start], own[2][a:b]))
-            pattern = softmax_scores(
-                block,
-                q.transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                rows.position[tokens[here]],
-                torch.arange(len(k), device=z.device),
-                self.base.first[example : example + 1],
-            )[0]  # [h, m, keys]
-            padded = torch.nn.functional.pad(pattern, (0, t - len(k))).transpose(0, 1)
-            new = self.at.write(layer, "pattern", rows.keys[tokens[here]], padded.flatten(1))
-            new = new.unflatten(-1, (block.heads, t))[..., : len(k)].transpose(0, 1)
-            values = v.transpose(0, 1).repeat_interleave(group, dim=0)  # [h, keys, d_head]
-            z[here] = (new @ values).transpose(0, 1).flatten(1)
-        return z
-
-    def mlp(self, layer: int, x: Tensor, add: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-        """add + MLP(norm2(x)) of live tokens, with their writes to neurons and mlp_out."""
         block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
         if block.mlp is None or block.norm2 is None:
             return add
@@ -343,7 +302,10 @@ class Wave:
         out = torch.empty_like(add)
         for low in range(0, len(x), MLP_TOKENS):
             part = slice(low, low + MLP_TOKENS)
-            first, second = kept.mlp_bases(index[part]) if self.delta else (None, None)
+            first = second = None
+            if exact is not None:
+                own = exact[part].nonzero().flatten()
+                first, second = kept.mlp_bases(index[part], own)
             hidden = block.mlp.into(block.norm2(x[part]), base=first)
             neurons = self.at.write(layer, "neurons", keys[part], block.mlp.neurons(hidden))
             if plain:
@@ -363,7 +325,8 @@ class Wave:
         if stage == "mlp_out":
             return self.at.join(layer, "mlp_out", rows)
         assert block.mlp is not None
-        second = kept.mlp_bases(rows.index)[1] if self.delta else None
+        delta = self.delta and layer < len(self.base.layers) - 1
+        second = kept.mlp_bases(rows.index, rows.offset)[1] if delta else None
         out = block.mlp.out(self.at.join(layer, "neurons", rows), base=second)
         return self.at.write(layer, "mlp_out", rows.keys, self.after_mlp(block, out))
 
@@ -381,6 +344,16 @@ class Wave:
             return rows, keep, stream
         stage = "neurons" if self.at.touched(layer, "neurons", rows) else "mlp_out"
         return rows, keep, stream + self.mlp_of(block, kept, layer, rows, stage)[keep]
+
+
+def first_tokens(parts: list[tuple[Rows, Tensor, Tensor]]) -> Tensor:
+    """[T] bool, the first token of each row, of parts that kept all tokens."""
+    out = []
+    for rows, _, _ in parts:
+        first = torch.zeros(rows.tokens, dtype=torch.bool, device=rows.ids.device)
+        first[rows.offset] = True
+        out.append(first)
+    return torch.cat(out)
 
 
 def tokens_of(parts: list[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,7 @@
+#include "cpu/attribution_scores_kernel.h"
+
+namespace microtome::cpu {
+
+const AttributionKernels kAttributionAvx512 = {score_rows<float>, score_rows<bf16>};
+
+}  // namespace microtome::cpu
