@@ -186,5 +186,7 @@ FAMILIES = (
 
 def family_of(model: nn.Module) -> Family | None:
     """The architecture of a model by its `config.model_type`, or None."""
+    if hasattr(model, "hook_dict"):  # TransformerLens's, with the config of what it wraps
+        return None
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return next((f for f in FAMILIES if model_type in f.model_types), None)

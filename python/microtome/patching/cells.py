@@ -54,6 +54,10 @@ class Shape:
         """Layer and stage of a site: in a chain resid_post of a layer is resid_pre of the next."""
         return (layer + 1, "resid_pre") if self.chained and site == "resid_post" else (layer, site)
 
+    def padding(self, positions: Tensor) -> Tensor:
+        """[b, m] bool: which of some positions [b, m] of the prompts are padding."""
+        return (positions < self.first[:, None]) | (positions >= self.stop[:, None])
+
     def unit(self, site: str) -> int:
         """Columns of one head or neuron, or of a stream."""
         own = {"pattern": self.t, "neurons": 1}

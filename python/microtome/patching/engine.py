@@ -69,7 +69,8 @@ def engine_for(
     delta = precision == "delta-bf16"
     why = f"engine {engine!r} was asked for"
     if engine in ("auto", "native"):
-        runner = runner_of(model, base, first.int())
+        both = torch.cat((base, source.to(base.device)))
+        runner = runner_of(model, both, first.int())
         if not isinstance(runner, str):
             return _with_site(
                 op,

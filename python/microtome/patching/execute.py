@@ -164,22 +164,20 @@ def _traced(engine: Engine, job: Job) -> Metric:
     def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
         slots = positions.expand(b, -1)
         logits = engine.unpatched(prompts, slots, None if tokens is None else tokens.expand(b, -1))
-        logits[_padding(shape, slots).to(logits.device)] = torch.nan
+        logits[shape.padding(slots).to(logits.device)] = torch.nan
         return logits
 
     measure = lambda logits: job.metric.measure(logits, logits)  # noqa: E731
     reads = reads_of(measure, (b, t, vocabulary), like, fetch)
 
     def measure_one(logits: Tensor, _: Tensor) -> Tensor:
-        return measure(Logits((b, t, vocabulary), logits, reads.table(logits)))
+        lazy = Logits((b, t, vocabulary), logits, reads.table(logits))
+        out = measure(lazy)
+        lazy.check()
+        return out
 
     tokens = None if reads.tokens is None else reads.tokens[None]
     return replace(job.metric, measure=measure_one, tokens=tokens, positions=reads.positions[None])
-
-
-def _padding(shape: Shape, slots: Tensor) -> Tensor:
-    """[b, m] bool, slots where a prompt has padding: what stands there is no prediction."""
-    return (slots < shape.first[:, None]) | (slots >= shape.stop[:, None])
 
 
 def _execute(
@@ -199,18 +197,18 @@ def _execute(
     prompts = torch.arange(b)
     own = engine.unpatched(prompts, slots, columns)
     other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)
-    padding = _padding(shape, slots).to(own.device)
+    padding = shape.padding(slots).to(own.device)  # what stands there is no prediction
     for logits in (own, other):
         logits[padding] = torch.nan
     clean, corrupted = (own, other) if job.base == "clean" else (other, own)
     reference = corrupted if metric.reference == "corrupted" else clean
     runs = (("clean", clean), ("corrupted", corrupted))[: 1 if job.ablation else 2]
-    unpatched = torch.stack(
-        [
-            metric(logits[None], reference, lambda _, name=name: f"of the unpatched {name} run")[0]
-            for name, logits in runs
-        ]
-    ).to(own)  # [1 or 2, b]
+    # Of a copy, for a metric may write into what it is given and patched runs start from these.
+    measured = [
+        metric(logits[None].clone(), reference, lambda _, name=name: f"of the unpatched {name} run")
+        for name, logits in runs
+    ]
+    unpatched = torch.cat(measured).to(own)  # [1 or 2, b]
     scores = torch.empty(cells.count, b, dtype=own.dtype)
     written = torch.zeros(cells.count, dtype=torch.int64)
     size = _group(cells, shape, own, memory)

@@ -83,6 +83,17 @@ def sweep_features(
 
     Effects of features found one at a time do not add up where they interact; and a feature that
     changes the metric is one direction of this dictionary, not the only cause.
+
+    Example:
+        >>> import torch, microtome as mt
+        >>> from microtome.models import ToyModel
+        >>> clean = torch.arange(8)[None]
+        >>> sae, metric = mt.SAE(64, 128, mt.TopK(8)), mt.patching.logit_difference(11, 12)
+        >>> mt.patching.sweep_features(
+        ...     ToyModel(), sae, "resid_pre.2", clean, None, metric, op="zero", features=[3, 5],
+        ...     progress=False,
+        ... )
+        Sweep(features of resid_pre.2: 2 features, logit difference, engine native)
     """
     _check.one_of("sweep_features", "op", op, OPS)
     if tuple(axes) not in (("feature",), ("position", "feature")):
@@ -109,8 +120,7 @@ def sweep_features(
     _check.index_range("sweep_features", chosen, shape.t, "t")
     at_once = torch.zeros(shape.t, dtype=torch.bool)
     at_once[chosen] = True
-    position = torch.arange(shape.t)
-    counts = (position >= shape.first[:, None]) & (position < shape.stop[:, None]) & at_once
+    counts = ~shape.padding(torch.arange(shape.t)[None]) & at_once
     change = change * counts[..., None].to(change)
     if features is None:
         ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten().cpu()
@@ -191,6 +201,17 @@ def sweep_error(
         ShapeError, ArgumentError: as `sweep_features`.
 
     A large score says that the features alone do not carry what the metric reads.
+
+    Example:
+        >>> import torch, microtome as mt
+        >>> from microtome.models import ToyModel
+        >>> clean = torch.arange(8)[None]
+        >>> corrupted = clean.clone(); corrupted[0, 3] = 99
+        >>> sae, metric = mt.SAE(64, 128, mt.TopK(8)), mt.patching.logit_difference(11, 12)
+        >>> mt.patching.sweep_error(
+        ...     ToyModel(), sae, "mlp_out.1", clean, corrupted, metric, progress=False
+        ... ).scores.shape
+        torch.Size([8])
     """
     ready, place, base_name, x = _ready(
         "sweep_error", model, sae.W_dec.shape[1], at, clean, corrupted, direction,

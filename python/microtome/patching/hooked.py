@@ -194,15 +194,16 @@ class HookEngine:
         """Blocks below `start` hand on the base run's stream instead of running."""
         below = list(self.blocks)[:start]
         own = [block.__dict__.get("forward") for block in below]  # put there by somebody else
+        hand_on = lambda *_, **__: stream if self._bare else (stream, *self._rest)  # noqa: E731
         try:
-            for block in below:
-                block.forward = lambda *_, **__: stream if self._bare else (stream, *self._rest)
+            for block in below:  # not by setattr, which a wrapper may pass on to what it wraps
+                block.__dict__["forward"] = hand_on
             yield
         finally:
             for block, forward in zip(below, own, strict=True):
                 block.__dict__.pop("forward", None)
                 if forward is not None:
-                    block.forward = forward
+                    block.__dict__["forward"] = forward
 
     def _why_not_skip(self) -> str:
         """An empty string when blocks can be left out, after comparing with the model's output."""

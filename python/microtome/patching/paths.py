@@ -51,7 +51,7 @@ class Node:
         return f"{self.site}.{self.layer}" + ("" if self.head is None else f".{self.head}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Paths:
     """The metric by sender and receiver.
 

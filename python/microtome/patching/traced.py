@@ -2,24 +2,26 @@
 
 The metric is called on the unpatched run first, which records the positions and tokens it reads.
 Patched runs are computed there, and the metric reads them from a table. If it ever reads anything
-else, for its reads may depend on the numbers, `BeyondError` tells, and all logits are computed.
+else, for its reads may depend on the numbers, or writes into what it reads twice, `BeyondError`
+tells, and all logits are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 # (positions [m], tokens [c] or None for all) -> [b, m, c]
 Fetch = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
-class BeyondError(Exception):
-    """A metric read what it had not read before."""
+class BeyondError(BaseException):
+    """A metric did what only real logits can answer; its own `except Exception` does not see it."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Reads:
         return fetch
 
 
-class Logits:
+class Logits(Tensor):
     """Stands for logits [b, t, vocabulary]; an index computes just what it picks.
 
-    Everything else a tensor can do works too, on all of them.
+    It is a tensor without numbers of its own: whatever else is done to it is done to all of them,
+    which are computed then, once. What it returns is a plain tensor and a copy, so nothing that a
+    metric does in place reaches another cell; whether it reached all it should, `check` tells.
 
     Args:
         shape: (b, t, vocabulary).
@@ -59,64 +63,77 @@ class Logits:
         fetch: computes them.
     """
 
+    _fetch: Fetch
+    _all: Tensor | None
+    _given: list[tuple[Tensor, int]]  # parts that were handed out, and their versions then
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int, int], like: Tensor, fetch: Fetch) -> Logits:
+        del fetch
+        made: Logits = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device
+        )
+        return made
+
     def __init__(self, shape: tuple[int, int, int], like: Tensor, fetch: Fetch) -> None:
-        self.shape, self.dtype, self.device = torch.Size(shape), like.dtype, like.device
+        del shape, like
         self._fetch = fetch
-        self._all: Tensor | None = None
+        self._all = None
+        self._given = []
 
     def whole(self) -> Tensor:
         """All of them."""
         if self._all is None:
-            self._all = self._fetch(torch.arange(self.shape[1]), None)
+            self._all = self._give(self._fetch(torch.arange(self.shape[1]), None))
         return self._all
+
+    def check(self) -> None:
+        """Raise BeyondError if something was written into one part while another was out.
+
+        Parts of a tensor share its memory, and these do not.
+        """
+        if len(self._given) > 1 and any(_version(part) != was for part, was in self._given):
+            raise BeyondError
+
+    def _give(self, part: Tensor) -> Tensor:
+        self._given.append((part, _version(part)))
+        return part
 
     def __getitem__(self, index: Any) -> Any:
         parts = _parts(index)
-        if parts is None:
+        if parts is None or self._all is not None:  # all of them may have been written to
             return self.whole()[index]
         rows, positions, tokens = parts
         wanted, positions = _picked(positions, self.shape[1])
         some, tokens = _picked(tokens, self.shape[2])
         every = isinstance(tokens, slice) and len(some) == self.shape[2]
-        return self._fetch(wanted, None if every else some)[rows, positions, tokens]
+        part = self._fetch(wanted, None if every else some)
+        return self._give(part[rows, positions, tokens])
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Any function of torch takes all of them."""
+        """What is known without the numbers, or any function of all of them."""
+        if function in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Any function takes all of them, also where torch calls it itself."""
         del types
-        return function(*_whole(args), **{k: _whole(v) for k, v in (kwargs or {}).items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.whole(), name)
-
-    def size(self, axis: int | None = None) -> Any:
-        """As of a tensor."""
-        return self.shape if axis is None else self.shape[axis]
-
-    def dim(self) -> int:
-        """Three."""
-        return 3
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.whole())
+        args, kwargs = tree_map_only(Logits, Logits.whole, (tuple(args), kwargs or {}))
+        return function(*args, **kwargs)
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self.whole(), name)(*_whole(args))
-
-
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-    setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(Logits, f"__r{_name}__", _operator(f"__r{_name}__"))
-for _name in ("neg", "lt", "le", "gt", "ge"):
-    setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
+_KNOWN = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point]
+)
 
 
 def reads_of(
@@ -129,6 +146,9 @@ def reads_of(
         shape: (b, t, vocabulary).
         like: a tensor with the logits' dtype and device.
         fetch: computes logits of the unpatched run.
+
+    Raises:
+        BeyondError: the metric needs real logits.
     """
     positions = torch.zeros(shape[1], dtype=torch.bool)
     tokens = torch.zeros(shape[2], dtype=torch.bool)
@@ -142,7 +162,9 @@ def reads_of(
             tokens[some.cpu()] = True
         return fetch(at, some)
 
-    metric(Logits(shape, like, record))
+    logits = Logits(shape, like, record)
+    metric(logits)
+    logits.check()
     chosen = None if whole[0] else tokens.nonzero().flatten()
     return Reads(positions.nonzero().flatten(), chosen)
 
@@ -158,6 +180,11 @@ def _places(known: Tensor, wanted: Tensor) -> Tensor:
     return at
 
 
+def _version(part: Tensor) -> int:
+    """Counts what was written in place; in inference mode nothing does."""
+    return 0 if part.is_inference() else part._version
+
+
 def _parts(index: Any) -> tuple[Any, Any, Any] | None:
     """Rows, positions and tokens of an index, or None where only a tensor can say."""
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -166,16 +193,18 @@ def _parts(index: Any) -> tuple[Any, Any, Any] | None:
         missing = 3 - (len(parts) - 1)
         parts[dots[0] : dots[0] + 1] = [slice(None)] * max(0, missing)
     parts += [slice(None)] * (3 - len(parts))
-    plain = all(isinstance(part, (int, slice, list, range, Tensor)) for part in parts)
-    masks = any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
-    lists = any(isinstance(part, (list, range)) and not _integers(part) for part in parts)
-    if len(parts) != 3 or not plain or masks or lists or any(isinstance(p, bool) for p in parts):
+    if len(parts) != 3 or not all(map(_plain, parts)):
         return None
     return parts[0], parts[1], parts[2]
 
 
-def _integers(part: Sequence[Any]) -> bool:
-    return all(isinstance(i, int) and not isinstance(i, bool) for i in part)
+def _plain(part: Any) -> bool:
+    """Whether a part of an index is integers or a slice, and no mask."""
+    if isinstance(part, Tensor):
+        return part.dtype in (torch.int64, torch.int32)
+    if isinstance(part, (list, range)):
+        return all(isinstance(i, int) and not isinstance(i, bool) for i in part)
+    return isinstance(part, (int, slice)) and not isinstance(part, bool)
 
 
 def _picked(part: Any, size: int) -> tuple[Tensor, Any]:
@@ -193,12 +222,3 @@ def _picked(part: Any, size: int) -> tuple[Tensor, Any]:
         raise IndexError(msg)
     values, place = (wanted % size).unique(return_inverse=True)
     return values.cpu(), place
-
-
-def _whole(value: Any) -> Any:
-    """Logits in lists and tuples as tensors."""
-    if isinstance(value, Logits):
-        return value.whole()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_whole(part) for part in value)
-    return value

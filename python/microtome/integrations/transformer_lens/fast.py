@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from microtome.errors import NonFiniteError
 from microtome.integrations.transformer_lens import names
 from microtome.integrations.transformer_lens.hooked import HookedModel
 from microtome.integrations.transformer_lens.request import PatchRequest
@@ -14,7 +15,7 @@ from microtome.integrations.transformer_lens.rows import say_once
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
-from microtome.patching.cells import Shape
+from microtome.patching.cells import HEADED, Shape
 from microtome.patching.hooked import packed
 from microtome.patching.native import NativeEngine
 from microtome.patching.prompts import spans
@@ -60,16 +61,20 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             delta=False,
             memory=MEMORY,
         )
-        plan = _plan(request, kind, engine.shape)
-        if plan is None or engine.lacks(kind):
+        if why := engine.lacks(kind) or _unlike(request, kind, engine):
+            say_once(f"{request.op}: {why}")
             return None
+        plan = _plan(request, kind, engine)
         plan = plan.without_unchanged(_own(request, kind, engine.shape), engine.shape.t)
-        reads = _reads(request, engine)
         try:
-            return _scores(request, engine, plan, reads)
-        except BeyondError:
-            every = Reads(torch.arange(engine.shape.t), None)
-            return _scores(request, engine, plan, every)
+            try:
+                return _scores(request, engine, plan, _reads(request, engine))
+            except BeyondError:
+                return _scores(request, engine, plan, None)
+        except NonFiniteError:  # forwards have logits at padding, and say which cell it was
+            if request.attention_mask is not None:
+                say_once(f"{request.op}: a metric is NaN without the logits at padding")
+            return None
 
 
 def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
@@ -77,6 +82,13 @@ def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
     model: Any = request.model
     if len(kinds) != 1 or None in kinds:
         return f"activation {request.activation!r} is none that the fast path patches"
+    stock, layout = request.stock, {"pos": 1}
+    if kinds <= {*HEADED}:
+        layout = {"pos": 1, "head": 2}
+    if kinds == {"pattern"}:
+        layout = {"head": 1, "dest_pos": 2, "src_pos": 3}
+    if stock is not None and not set(stock.axes) <= set(layout.items()):
+        return f"{stock.name} is made for other axes than those of {request.activation!r}"
     if isinstance(model, HookedModel):
         return "the model carries hooks of its own" if model.carries_hooks() else ""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
@@ -89,17 +101,27 @@ def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
     return ""
 
 
-def _plan(request: PatchRequest, kind: str, shape: Shape) -> Plan | None:
-    """The writes of the cells, row cell * b + prompt; None where the clean run has other sizes."""
+def _unlike(request: PatchRequest, kind: str, engine: NativeEngine) -> str:
+    """Why the clean run's activations are not those of this model, or an empty string."""
+    width, dtype = engine.shape.width(kind), engine.run.final.dtype
+    for hook, clean in request.clean.items():
+        if clean.dtype != dtype:
+            has, wants = (str(d).removeprefix("torch.") for d in (clean.dtype, dtype))
+            return f"clean_cache[{hook!r}] is {has} and the model {wants}"
+        if packed(kind, clean).shape[1] != width:
+            return f"clean_cache[{hook!r}] has another width than the model's"
+    return ""
+
+
+def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
+    """The writes of the cells, row cell * b + prompt."""
     assert request.stock is not None
+    shape, device = engine.shape, engine.run.final.device
     b, t = shape.b, shape.t
     sources = {}
     for layer, hook in request.hooks.items():
-        clean = request.clean[hook]
-        values = packed(kind, clean.expand(b, *clean.shape[1:]))
-        if values.shape[1] != shape.width(kind) or clean.dtype != _dtype(request):
-            return None
-        sources[shape.stage(kind, layer)] = values
+        clean = request.clean[hook].to(device)
+        sources[shape.stage(kind, layer)] = packed(kind, clean.expand(b, *clean.shape[1:]))
     count = len(request.cells)
     cells = torch.tensor(request.cells, dtype=torch.int64).reshape(count, -1)
     where = {axis: cells[:, 1 + i] for i, (axis, _) in enumerate(request.stock.axes)}
@@ -131,14 +153,6 @@ def _plan(request: PatchRequest, kind: str, shape: Shape) -> Plan | None:
     return Plan(torch.arange(b).repeat(count), writes.select(counts), sources)
 
 
-def _dtype(request: PatchRequest) -> torch.dtype:
-    """The dtype of the model's weights."""
-    model: nn.Module = (
-        request.model.model if isinstance(request.model, HookedModel) else request.model
-    )
-    return next(model.parameters()).dtype
-
-
 def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
@@ -160,22 +174,23 @@ def _reads(request: PatchRequest, engine: NativeEngine) -> Reads:
     prompts = torch.arange(b)
 
     def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
+        slots = positions.expand(b, -1)
         columns = None if tokens is None else tokens.expand(b, -1)
-        return engine.unpatched(prompts, positions.expand(b, -1), columns)
+        logits = engine.unpatched(prompts, slots, columns)
+        logits[engine.shape.padding(slots).to(logits.device)] = torch.nan
+        return logits
 
-    def metric(logits: Any) -> None:
-        for measure in request.metrics.by_name.values():
-            measure(logits)
-
-    return reads_of(metric, (b, t, engine.vocabulary), engine.run.final, fetch)
+    metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
+    return reads_of(metrics, (b, t, engine.vocabulary), engine.run.final, fetch)
 
 
-def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads) -> Tensor:
-    """The metrics of every cell, from a table of the logits they read."""
+def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads | None) -> Tensor:
+    """The metrics of every cell, from a table of the logits they read, or from all of them."""
     b, t = engine.shape.b, engine.shape.t
-    slots = reads.positions.expand(b, -1)
-    columns = None if reads.tokens is None else reads.tokens.expand(b, -1)
+    slots = (torch.arange(t) if reads is None else reads.positions).expand(b, -1)
+    columns = None if reads is None or reads.tokens is None else reads.tokens.expand(b, -1)
     own = engine.unpatched(torch.arange(b), slots, columns)
+    own[engine.shape.padding(slots).to(own.device)] = torch.nan
     size = max(1, MEMORY // max(1, 2 * own.numel() * own.element_size()))
     scores = []
     for cells in torch.arange(len(request.cells)).split(size):
@@ -184,9 +199,11 @@ def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Read
         for row, slot, new in engine.patched(plan.take(rows), slots, columns):
             logits[row // b, row % b, slot] = new
         for cell, some in zip(cells.tolist(), logits, strict=True):
-            lazy: Any = Logits((b, t, engine.vocabulary), own, reads.table(some))
-            scores.append(request.metrics(lazy, f"index {list(request.cells[cell])}"))
-    if scores:
-        return torch.stack(scores)
-    each = (len(request.metrics.by_name), b) if request.metrics.per_example else (1,)
-    return own.new_zeros(0, *each)
+            where = f"index {list(request.cells[cell])}"
+            if reads is None:
+                scores.append(request.metrics(some, where))
+                continue
+            lazy = Logits((b, t, engine.vocabulary), own, reads.table(some))
+            scores.append(request.metrics(lazy, where))
+            lazy.check()
+    return torch.stack(scores)

@@ -40,6 +40,28 @@ def hooks_set(model: Any) -> str:
     return ""
 
 
+def padding_hidden(model: Any, tokens: Tensor) -> str:
+    """Why a model hides tokens [b, t] that no mask was given for, or an empty string.
+
+    A HookedTransformer whose tokenizer pads on the left masks the padding that a prompt begins
+    with, but for its last token where that is the first of the text.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "padding_side", "right") != "left":
+        return ""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return ""
+    opens = pad == tokenizer.bos_token_id and getattr(model.cfg, "default_prepend_bos", True)
+    hidden = (tokens == pad).long().cumprod(1).sum(1) > int(opens)
+    if not bool(hidden.any()):
+        return ""
+    return (
+        f"{type(model).__name__} hides the padding that prompt {int(hidden.nonzero()[0])} begins "
+        "with, which parts would not"
+    )
+
+
 def read_hooked(model: Any, rotations: list[Rotation]) -> Stack:
     """The parts of a TransformerLens model; AttributeError or KeyError where one is missing.
 

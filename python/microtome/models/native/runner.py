@@ -16,7 +16,12 @@ from microtome.models.capture import Recorder, call, evaluating
 from microtome.models.native.base import BaseRun, run_base
 from microtome.models.native.block import Stack
 from microtome.models.native.families import READERS, Rotation, read, turned
-from microtome.models.native.hooked import hooks_set, is_hooked, read_hooked
+from microtome.models.native.hooked import (
+    hooks_set,
+    is_hooked,
+    padding_hidden,
+    read_hooked,
+)
 from microtome.models.native.plan import Plan
 from microtome.models.native.wave import Final, Wave
 from microtome.models.native.weights import altered, weights_key
@@ -111,13 +116,14 @@ def runner_of(model: nn.Module, tokens: Tensor, first: Tensor) -> Runner | str:
 
     Args:
         model: any model.
-        tokens: [b, t] int64, prompts of the length to come.
-        first: [b] int32, the first position that counts.
+        tokens: [n, t] int64, the prompts to come.
+        first: [b] int32, the first position that counts of the first b of them.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if not is_hooked(model) and kind not in READERS:
+    hooked = is_hooked(model)
+    if not hooked and kind not in READERS:
         return f"{type(model).__name__} is not one of the architectures that are read into parts"
-    if why := hooks_set(model) if is_hooked(model) else altered(model):
+    if why := hooks_set(model) or padding_hidden(model, tokens) if hooked else altered(model):
         return why
     weights = weights_key(model)
     kept = _runners.get(model)
