@@ -121,12 +121,13 @@ class Contender(NamedTuple):
 
     Attributes:
         run: sweeps from the prompts to the grid [layers, columns], the clean run included.
-        warm: a small piece of it, untimed: what happens once per process belongs to no sweep.
+        warm: a small piece of it, untimed: what happens once per process belongs to no sweep. None
+            for one whole sweep, which is timed on its own: a model may be read and kept there.
         about: what there is to say of the last run, for the JSON.
     """
 
     run: Callable[[], Tensor]
-    warm: Callable[[], object]
+    warm: Callable[[], object] | None
     about: Callable[[], dict[str, Any]] = dict
 
 

@@ -20,7 +20,16 @@ EXACT = 1e-5  # largest allowed error of a score, in units of the metric
 LOW_PRECISION = 5e-3  # of a variant named for its low precision, over the range of the grid
 # It answers for the cells that the judge leaves out, once it agrees on those that both did.
 WHOLE_GRID = ("torch", "a batch a layer, a row a cell")
-FIGURES = ("seconds", "busy", "forward_ms", "product_gflops", "working_mib", "setup_mib", "about")
+FIGURES = (
+    "seconds",
+    "busy",
+    "forward_ms",
+    "product_gflops",
+    "working_mib",
+    "setup_mib",
+    "first_seconds",
+    "about",
+)
 
 
 def judge(runs: list[Row], columns: int) -> None:
@@ -31,6 +40,7 @@ def judge(runs: list[Row], columns: int) -> None:
             which is taken out, and `columns`.
         columns: of the whole grid.
     """
+    _one_build(runs)
     grids = [(run, run.pop("scores")) for run in runs if run["status"] == "ok"]
     judges = [(run, grid) for run, grid in grids if run["contender"] == JUDGE]
     if not judges:
@@ -52,6 +62,19 @@ def judge(runs: list[Row], columns: int) -> None:
             new = [c for c in run["columns"] if c not in known]
             truth[:, new] = grid[:, [run["columns"].index(c) for c in new]]
             known |= set(new)
+
+
+def _one_build(runs: list[Row]) -> None:
+    """Fail ours where microtome was replaced between its children."""
+    ours = [run for run in runs if run["contender"] == OURS and "build" in run]
+    builds = sorted({run["build"] for run in ours})
+    # One that no longer imports leaves no digest, but it was replaced all the same.
+    gone = any(run["contender"] == OURS and "build" not in run for run in runs)
+    if len(builds) > 1 or (builds and gone):
+        for run in ours:
+            run.pop("scores", None)
+            found = " and ".join([*builds, *["one that did not run"] * gone])
+            _fail(run, f"microtome was replaced during the sweep: builds {found}")
 
 
 def _is_whole(run: Row) -> bool:
@@ -102,7 +125,8 @@ def summarise(runs: list[Row], sweep: Sweep) -> list[Row]:
         it), forwards (seconds in forwards of the same child), check (the worst), working_mib,
         setup_mib, about (the last one's), and for a peer `ours`: variant of ours -> ratio (its
         seconds over ours of the children right before and after), ratio_range (quickest over
-        slowest, slowest over quickest), ratio_in_forwards.
+        slowest, slowest over quickest), ratio_in_forwards. Ours has build, first_seconds, and in
+        float32 over_floor: seconds over the floor of the changed cells at its own child's rate.
     """
     keys = dict.fromkeys((run["contender"], run["variant"]) for run in runs)
     return [
@@ -135,6 +159,11 @@ def _row(mine: list[Row], runs: list[Row], sweep: Sweep) -> Row:
     )
     if row["contender"] != OURS:
         row["ours"] = _ratios(mine, runs, sweep)
+        return row
+    row["build"] = mine[0]["build"]
+    row["first_seconds"] = statistics.median(run["first_seconds"] for run in mine)
+    if "bf16" not in row["variant"]:
+        row["over_floor"] = _over_floor(mine, sweep)
     return row
 
 
@@ -167,6 +196,15 @@ def _in_forwards(runs: list[Row], sweep: Sweep) -> float:
         1e3 * t / statistics.median(run["forward_ms"]) for run in runs for t in _times([run], sweep)
     ]
     return statistics.median(counts)
+
+
+def _over_floor(runs: list[Row], sweep: Sweep) -> float:
+    work = floors(sweep)["changed"] / 1e9
+    return statistics.median(
+        t * statistics.median(run["product_gflops"]) / work
+        for run in runs
+        for t in _times([run], sweep)
+    )
 
 
 def _pooled(runs: list[Row], name: str) -> list[float]:

@@ -47,6 +47,8 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
             "least - most",
             "busy",
             "forwards",
+            "first s",
+            "x floor",
             "error",
             "of range",
             "peak MiB",
@@ -58,7 +60,7 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
     for row in rows:
         if row["status"] != "ok":
             problem = f"{row['status']}: {row['error']}" if "error" in row else row["status"]
-            lines.append(_line([row["contender"], row["variant"], problem, *[""] * 6, *blank]))
+            lines.append(_line([row["contender"], row["variant"], problem, *[""] * 8, *blank]))
             continue
         low, high = row["spread"]
         check, ours = row["check"], row.get("ours", {})
@@ -72,6 +74,8 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
                     f"{low:.2f} - {high:.2f}",
                     f"{row['busy']:.0%}",
                     f"{row['forwards']:.1f}",
+                    f"{row['first_seconds']:.2f}" if "first_seconds" in row else "",
+                    f"{row['over_floor']:.2f}" if "over_floor" in row else "",
                     *_agreement(check),
                     f"{row['working_mib']:.0f}",
                     *(f"{ours[v]['ratio']:.1f}" if v in ours else "" for v in variants),
@@ -83,7 +87,7 @@ def _table(rows: list[Row], floors: dict[str, Row]) -> list[str]:
         if "seconds" in floor:
             said = [f"{floor['seconds']:.2f}", "", "", f"{floor['forwards']:.1f}"]
             flops = f"{how}, {floor['flops'] / 1e9:.0f} GFLOP"
-            lines.append(_line(["floor", flops, *said, "", "", "", *blank]))
+            lines.append(_line(["floor", flops, *said, *[""] * 5, *blank]))
     return lines
 
 
@@ -133,6 +137,7 @@ def figures(result: Result) -> set[str]:
         if row["status"] != "ok":
             continue
         values = [row["seconds"], *row["spread"], row["forwards"]]
+        values += [row[name] for name in ("first_seconds", "over_floor") if name in row]
         for ours in row.get("ours", {}).values():
             values += [ours["ratio"], *ours["ratio_range"], ours["ratio_in_forwards"]]
         said |= {f"{value:.{places}f}" for value in values for places in (1, 2)}

@@ -115,6 +115,8 @@ def run(contender: str, variant: str, order: int, scores: Any, **more: Any) -> d
         "working_mib": 5.0,
         "setup_mib": 1.0,
         "about": {},
+        "build": "b1",
+        "first_seconds": 3.0,
         "columns": list(range(8)),
         "scores": scores,
         **more,
@@ -164,6 +166,33 @@ def test_without_the_judge_nothing_has_a_time():
     assert only["status"] == "FAILED"
     assert "no grid of TransformerLens" in only["error"]
     assert "seconds" not in only
+
+
+@pytest.mark.parametrize("second", [{"build": "b2"}, None])
+def test_ours_fails_where_microtome_was_replaced_during_the_sweep(second):
+    runs = [
+        run("microtome", "fp32", 0, TRUTH),
+        run("transformer_lens", "get_act_patch", 1, TRUTH),
+        run("microtome", "fp32", 2, TRUTH, **(second or {})),
+    ]
+    if second is None:
+        absent = {"status": "not available (cannot import name 'x')", "variant": "all", "order": 2}
+        runs[2] = {"sweep": "tiny", "contender": "microtome", **absent}
+    judged(*runs)
+    assert runs[0]["status"] == "FAILED"
+    assert "microtome was replaced during the sweep: builds b1 and" in runs[0]["error"]
+    assert "seconds" not in runs[0]
+    assert runs[1]["status"] == "ok"
+
+
+def test_ours_is_set_against_the_floor_at_the_rate_of_its_own_child():
+    work = patching_floor.floors(TINY)["changed"] / 1e9
+    runs = judged(
+        run("microtome", "fp32", 0, TRUTH, seconds=[2 * work / 100]),
+        run("transformer_lens", "get_act_patch", 1, TRUTH),
+        run("microtome", "fp32", 2, TRUTH, seconds=[2 * work / 25], product_gflops=[25.0]),
+    )
+    assert patching_judge.summarise(runs, TINY)[0]["over_floor"] == pytest.approx(2.0)
 
 
 def test_cells_that_the_judge_leaves_out_are_judged_by_the_batched_hooks():
@@ -228,9 +257,12 @@ def test_the_table_shows_times_failures_and_floors_and_a_readme_may_quote_it():
     )
     said = json.loads(json.dumps(result(runs)))
     table = render.markdown(said)
-    ours = "| microtome | fp32 | 0.25 | 0.25 - 0.25 | 90% | 25.0 | 0.0e+00 | 0.00% | 5 |  |"
-    peer = "| get_act_patch | 2.53 | 2.53 - 2.53 | 90% | 253.0 | judge |  | 5 | 10.1 |"
-    assert ours in table
+    over = f"{said['rows'][0]['over_floor']:.2f}"
+    ours = f"| fp32 | 0.25 | 0.25 - 0.25 | 90% | 25.0 | 3.00 | {over} | 0.0e+00 | 0.00% | 5 |  |"
+    peer = "| get_act_patch | 2.53 | 2.53 - 2.53 | 90% | 253.0 |  |  | judge |  | 5 | 10.1 |"
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1, lines
+    assert f"| microtome {ours}" in table
     assert f"| transformer_lens {peer}" in table
     assert "| torch | a hook a cell | FAILED: disagrees with TransformerLens by 1, more" in table
     assert "| pyvene | all | not available (No module named 'pyvene') |" in table

@@ -17,11 +17,11 @@ def _variant(precision: str) -> Callable[[Question], Contender]:
         metric = patching.logit_difference(*ANSWERS)
         about: dict[str, Any] = {}
 
-        def swept(clean: Tensor, corrupted: Tensor) -> Tensor:
+        def swept() -> Tensor:
             found = patching.sweep(
                 question.model,
-                clean,
-                corrupted,
+                question.clean,
+                question.corrupted,
                 metric,
                 question.sweep.site,
                 precision=precision,
@@ -31,12 +31,8 @@ def _variant(precision: str) -> Callable[[Question], Contender]:
             about.update(engine=found.engine, note=found.note, changed_cells=changed)
             return found.scores
 
-        def warm() -> None:
-            # A few tokens around the first that differs.
-            few = slice(max(question.sweep.first - 2, 0), question.sweep.first + 4)
-            swept(question.clean[:, few], question.corrupted[:, few])
-
-        return Contender(lambda: swept(question.clean, question.corrupted), warm, lambda: about)
+        # The first sweep packs the weights and verifies them, and keeps both for the model.
+        return Contender(swept, None, lambda: about)
 
     return prepare
 
