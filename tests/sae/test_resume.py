@@ -70,7 +70,7 @@ def lines_of(run: Path) -> list[dict]:
 
 
 def test_a_run_killed_at_random_points_ends_with_the_bits_of_one_that_was_not(tmp_path: Path):
-    settings = {**SETTINGS, "steps": 20, "dead_after_tokens": 400}
+    settings = {**SETTINGS, "steps": 100, "dead_after_tokens": 400}
     settings.pop("checkpoint_every")
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path), json.dumps(settings)],
@@ -88,12 +88,12 @@ def test_a_run_killed_at_random_points_ends_with_the_bits_of_one_that_was_not(tm
             assert torch.equal(mine, theirs)
         logs = [lines_of(run) for run in (killed, whole)]
         for lines in logs:
-            assert [line["step"] for line in lines] == list(range(1, 21))
+            assert [line["step"] for line in lines] == list(range(1, 101))
             for line in lines:
                 line.pop("tokens_per_second")
         assert logs[0] == logs[1]
         left = sorted(path.name for path in (killed / "checkpoints").iterdir())
-        assert left == ["step_19", "step_20"]
+        assert left == ["step_100", "step_99"]
 
 
 def fresh() -> SAE:

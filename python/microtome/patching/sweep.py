@@ -71,7 +71,8 @@ def sweep(
         attention_mask: [b, t], one for both runs, padding on one or both ends.
         precision: "fp32", or "delta-bf16": differences from the base run are multiplied in bf16 and
             added to its float32 products, so that rounding scales with a patch's effect.
-        memory: bytes for the activations of patched rows; splits the work.
+        memory: bytes for all activations, the unpatched runs included; splits the work. Packed
+            weights are kept with the model beside it.
         engine: "auto" takes the fastest that is verified against the model's own output: "native"
             (known architectures), "blocks" (blocks are run from the patched layer on), "forwards"
             (full forwards, many cells as rows of a batch).
@@ -178,7 +179,7 @@ def ablate(
         neurons: likewise.
         attention_mask: [b, t].
         precision: "fp32" or "delta-bf16".
-        memory: bytes for the activations of patched rows.
+        memory: bytes for all activations.
         engine: "auto", "native", "blocks" or "forwards".
         progress: show a progress bar.
         resume: a file to keep finished cells in.
