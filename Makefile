@@ -66,9 +66,9 @@ type: $(VENV)/.env-dev $(VENV)/.built  ## mypy, strict on ops and kernels
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.env-bench $(VENV)/.built $(VENV)/.models  ## us, the peers and the floor, side by side in one run
-	$(PIP) --no-deps dictionary-learning==0.1.0
 # nnsight asks for torchvision and uses none of it; beside this build of torch it breaks the import of transformers.
 	-$(PY) -m pip uninstall -q -y torchvision
+	$(PIP) --no-deps dictionary-learning==0.1.0
 	$(PY) benchmarks/run.py --out benchmarks/results
 
 # The peers of patching need newer packages than those of `bench`, so they get an environment of their own, torch first
