@@ -55,33 +55,13 @@ def metric(logits: Tensor) -> Tensor:
     return (logits[:, -1, 3] - logits[:, -1, 5]).mean() + logits[0, 1, 2]
 
 
-def hooked_transformer(**sizes: Any) -> Any:
-    package = pytest.importorskip("transformer_lens", reason="transformer-lens is not installed")
-    if not hasattr(package, "HookedTransformer"):
-        pytest.skip("this transformer-lens has no HookedTransformer")
-    settings = {
-        "n_layers": 2, "d_model": 16, "n_ctx": 8, "d_head": 4, "n_heads": 4, "d_mlp": 32,
-        "d_vocab": families.VOCABULARY, "act_fn": "gelu_new", "normalization_type": "LN",
-        "seed": 0, "device": "cpu", "n_key_value_heads": 2,
-    }  # fmt: skip
-    return package.HookedTransformer(package.HookedTransformerConfig(**settings | sizes))
-
-
-def bridge(folder: str) -> Any:
-    package = pytest.importorskip("transformer_lens.model_bridge")
-    families.build("gpt2").save_pretrained(folder)
-    return package.TransformerBridge.boot_transformers(
-        folder, hf_model=families.build("gpt2"), device="cpu"
-    )
-
-
 @pytest.fixture(scope="module", params=["gpt2", "llama", "HookedTransformer", "bridge"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of each kind that the sweeps take, under TransformerLens's calls."""
     if request.param == "HookedTransformer":
-        return hooked_transformer()
+        return families.hooked_transformer()
     if request.param == "bridge":
-        return bridge(str(tmp_path_factory.mktemp("gpt2")))
+        return families.bridge(str(tmp_path_factory.mktemp("gpt2")))
     return HookedModel(families.build(request.param))
 
 
@@ -149,7 +129,7 @@ def test_every_stock_sweep_runs_natively_with_the_numbers_of_forwards(
 
 
 def test_a_bridge_patches_the_stream_before_the_mlp_by_forwards(tmp_path, monkeypatch, forwards):
-    model = bridge(str(tmp_path))
+    model = families.bridge(str(tmp_path))
     monkeypatch.setattr(rows, "_said", False)
     given = (model, "resid_mid", *STREAM[0])
     with pytest.warns(UserWarning, match="hook_resid_mid leaves the skip connection as it is: thi"):
@@ -176,7 +156,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
 
 @pytest.mark.parametrize("kind", ["gpt2", "HookedTransformer"])
 def test_cells_that_change_nothing_are_the_unpatched_run(kind, natively, written, gpt2):
-    model = gpt2 if kind == "gpt2" else hooked_transformer()
+    model = gpt2 if kind == "gpt2" else families.hooked_transformer()
     clean = CORRUPTED.clone()
     clean[0, 1] += 1  # prompt 1 is the same in both runs
     for activation in ("resid_pre", "v"):
@@ -337,7 +317,7 @@ def test_hooks_of_the_users_are_run(gpt2, forwards):
     plain = HookedModel(gpt2.model)
     plain.add_hook("blocks.1.hook_mlp_out", double)
     falls_back(forwards, why, plain, "resid_pre", *STREAM[0])
-    theirs = hooked_transformer()
+    theirs = families.hooked_transformer()
     theirs.add_hook("blocks.1.hook_mlp_out", double)
     falls_back(forwards, why, theirs, "resid_pre", *STREAM[0])
     torch_hook = families.build("gpt2")
@@ -363,7 +343,7 @@ def test_models_that_are_not_read_into_parts_run_as_they_are(forwards):
 
 
 def test_padding_of_a_transformer_lens_model_is_its_own(forwards):
-    model = hooked_transformer()
+    model = families.hooked_transformer()
     falls_back(
         forwards, "a TransformerLens model shifts positions by its attention_mask", model,
         "resid_pre", *STREAM[0], attention_mask=MASK,
@@ -380,12 +360,12 @@ def test_padding_of_a_transformer_lens_model_is_its_own(forwards):
     falls_back(forwards, why, model, "resid_pre", *STREAM[0], tokens=padded)
     assert not torch.allclose(
         run(model, "resid_pre", *STREAM[0], tokens=padded),
-        run(hooked_transformer(), "resid_pre", *STREAM[0], tokens=padded),
+        run(families.hooked_transformer(), "resid_pre", *STREAM[0], tokens=padded),
     )
 
 
 def test_what_the_fast_path_does_not_patch(gpt2, natively, forwards):
-    theirs = hooked_transformer()
+    theirs = families.hooked_transformer()
     falls_back(
         forwards, "activation 'attn_scores' is none that the fast path patches", theirs,
         "attn_scores", *PATTERN[0],

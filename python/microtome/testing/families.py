@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -158,3 +159,23 @@ def in_float64(name: str, **settings: Any) -> nn.Module:
 def tokens(b: int = 3, t: int = 7) -> Tensor:
     """[b, t] ids from 1 on: 0 is padding."""
     return torch.randint(1, VOCABULARY - 4, (b, t), generator=torch.Generator().manual_seed(1))
+
+
+def hooked_transformer(**sizes: Any) -> Any:
+    """A tiny HookedTransformer with grouped key-value heads; skips the test where there is none."""
+    package = pytest.importorskip("transformer_lens", reason="transformer-lens is not installed")
+    if not hasattr(package, "HookedTransformer"):
+        pytest.skip("this transformer-lens has no HookedTransformer")
+    settings = {
+        "n_layers": 2, "d_model": 16, "n_ctx": 8, "d_head": 4, "n_heads": 4, "d_mlp": 32,
+        "d_vocab": VOCABULARY, "act_fn": "gelu_new", "normalization_type": "LN",
+        "seed": 0, "device": "cpu", "n_key_value_heads": 2,
+    }  # fmt: skip
+    return package.HookedTransformer(package.HookedTransformerConfig(**settings | sizes))
+
+
+def bridge(folder: str) -> Any:
+    """TransformerLens's bridge over the tiny GPT-2, which is saved in `folder` for it."""
+    package = pytest.importorskip("transformer_lens.model_bridge")
+    build("gpt2").save_pretrained(folder)
+    return package.TransformerBridge.boot_transformers(folder, hf_model=build("gpt2"), device="cpu")
