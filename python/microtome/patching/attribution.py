@@ -14,15 +14,13 @@ from microtome.errors import ArgumentError, NonFiniteError
 from microtome.models.capture import takes_mask
 from microtome.patching.cells import AXES, Grid, Shape, make_grid
 from microtome.patching.chosen_cells import run_chosen
-from microtome.patching.engine import engine_for, no_mask
+from microtome.patching.engine import MEMORY, engine_for, no_mask
 from microtome.patching.estimate import Attribution, Faithfulness, compare
 from microtome.patching.gradients import frozen, places_of
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.passes import Judge, along_lines, one_pass
 from microtome.patching.prompts import pair, spans
 from microtome.patching.units import by_cell
-
-MEMORY = 1 << 30
 
 
 def attribute(

@@ -19,6 +19,7 @@ from microtome.patching.prompts import spans
 
 ENGINES = ("auto", "native", "blocks", "forwards")
 PRECISIONS = ("fp32", "delta-bf16")
+MEMORY = 1 << 30  # bytes, unless a caller says otherwise
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from microtome.patching.cells import Grid, Shape, Values
 from microtome.patching.metrics import Metric
 from microtome.patching.partial import Partial
 from microtome.patching.result import Sweep
-from microtome.patching.traced import BeyondError, Logits, reads_of
+from microtome.patching.traced import BeyondError, Logits, Reads, reads_of
 
 WRITES = 1 << 18  # planned at a time
 TOKENS = 1 << 16  # of whole prompts at a time: enough for products to run at full speed
@@ -154,24 +154,40 @@ def execute(
     return _execute(op, engine, job, job.metric, memory, progress, resume)
 
 
-def _traced(engine: Engine, job: Job) -> Metric:
-    """A metric that takes all logits as one that takes what it reads of the unpatched run."""
-    shape = engine.shape
-    b, t, vocabulary = shape.b, shape.t, engine.vocabulary
-    prompts, zero = torch.arange(b), torch.zeros(1, 1, dtype=torch.int64)
-    like = engine.unpatched(prompts[:1], zero, zero)
+def predictions(engine: Engine, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
+    """[b, m, c]: `engine.unpatched`, NaN at padding, for what stands there is no prediction."""
+    logits = engine.unpatched(prompts, slots, columns)
+    logits[engine.shape.padding(slots).to(logits.device)] = torch.nan
+    return logits
+
+
+def recorded(engine: Engine, measure: Callable[[Any], Any], like: Tensor) -> Reads:
+    """What `measure` reads of the logits of the unpatched base prompts.
+
+    Args:
+        engine: knows them.
+        measure: takes logits [b, t, vocabulary]; called once.
+        like: a tensor with their dtype and device.
+    """
+    b = engine.shape.b
 
     def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
-        slots = positions.expand(b, -1)
-        logits = engine.unpatched(prompts, slots, None if tokens is None else tokens.expand(b, -1))
-        logits[shape.padding(slots).to(logits.device)] = torch.nan
-        return logits
+        columns = None if tokens is None else tokens.expand(b, -1)
+        return predictions(engine, torch.arange(b), positions.expand(b, -1), columns)
 
+    return reads_of(measure, (b, engine.shape.t, engine.vocabulary), like, fetch)
+
+
+def _traced(engine: Engine, job: Job) -> Metric:
+    """A metric that takes all logits as one that takes what it reads of the unpatched run."""
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    like = engine.unpatched(zero[0], zero, zero)
     measure = lambda logits: job.metric.measure(logits, logits)  # noqa: E731
-    reads = reads_of(measure, (b, t, vocabulary), like, fetch)
+    reads = recorded(engine, measure, like)
+    whole = engine.shape.b, engine.shape.t, engine.vocabulary
 
     def measure_one(logits: Tensor, _: Tensor) -> Tensor:
-        lazy = Logits((b, t, vocabulary), logits, reads.table(logits))
+        lazy = Logits(whole, logits, reads.table(logits))
         out = measure(lazy)
         lazy.check()
         return out
@@ -195,11 +211,9 @@ def _execute(
     slots = metric.slots(shape.first, shape.stop, shape.t)
     columns = metric.columns(b, engine.vocabulary)
     prompts = torch.arange(b)
-    own = engine.unpatched(prompts, slots, columns)
-    other = own if job.ablation else engine.unpatched(prompts + b, slots, columns)
-    padding = shape.padding(slots).to(own.device)  # what stands there is no prediction
-    for logits in (own, other):
-        logits[padding] = torch.nan
+    own = predictions(engine, prompts, slots, columns)
+    other = own if job.ablation else predictions(engine, prompts + b, slots, columns)
+    padding = shape.padding(slots).to(own.device)
     clean, corrupted = (own, other) if job.base == "clean" else (other, own)
     reference = corrupted if metric.reference == "corrupted" else clean
     runs = (("clean", clean), ("corrupted", corrupted))[: 1 if job.ablation else 2]
@@ -253,18 +267,27 @@ def sweep_of(
 ) -> Sweep:  # fmt: skip
     """Run the cells of a grid and lay the numbers out along its axes."""
     found = execute(op, engine, job, memory=memory, progress=progress, resume=resume)
-    by_prompt = found.scores.unflatten(0, grid.shape)
+    return laid_out(found, engine, job, site=grid.site, axes=grid.axes, values=grid.labels)
+
+
+def laid_out(
+    found: Outcome, engine: Engine, job: Job, *, site: str, axes: tuple[str, ...],
+    values: tuple[tuple[float, ...], ...],
+) -> Sweep:  # fmt: skip
+    """Numbers by cell along axes that run over `values`, the last one fastest."""
+    shape = [len(v) for v in values]
+    by_prompt = found.scores.unflatten(0, shape)
     return Sweep(
         scores=by_prompt.mean(-1),
         by_prompt=by_prompt,
-        axes=grid.axes,
-        values=grid.labels,
-        site=grid.site,
+        axes=axes,
+        values=values,
+        site=site,
         metric=job.metric.name,
         clean=found.clean,
         corrupted=found.corrupted,
         base=job.base,
-        written=found.written.unflatten(0, grid.shape),
+        written=found.written.unflatten(0, shape),
         engine=engine.name,
         note=engine.note,
     )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
 from microtome.models.native.weights import weights_key
-from microtome.patching.engine import engine_for
-from microtome.patching.execute import Engine, Job, execute
+from microtome.patching.engine import MEMORY, engine_for
+from microtome.patching.execute import Engine, Job, execute, laid_out
 from microtome.patching.feature_cells import ErrorCells, FeatureCells
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.prompts import one, pair
@@ -40,7 +40,7 @@ def sweep_features(
     direction: str = "denoise",
     attention_mask: Tensor | None = None,
     precision: str = "fp32",
-    memory: int = 1 << 30,
+    memory: int = MEMORY,
     engine: str = "auto",
     progress: bool = True,
     resume: str | Path | None = None,
@@ -142,23 +142,9 @@ def sweep_features(
         cells, as_metric("sweep_features", metric), base_name, corrupted is None, about
     )  # fmt: skip
     found = execute("sweep_features", ready, job, memory=memory, progress=progress, resume=resume)
-    grid = (len(chosen), len(ids)) if by_position else (len(ids),)
-    by_prompt = found.scores.unflatten(0, grid)
     labels = tuple(ids.tolist())
-    return Sweep(
-        scores=by_prompt.mean(-1),
-        by_prompt=by_prompt,
-        axes=tuple(axes),
-        values=(tuple(chosen.tolist()), labels) if by_position else (labels,),
-        site=f"features of {at}",
-        metric=job.metric.name,
-        clean=found.clean,
-        corrupted=found.corrupted,
-        base=base_name,
-        written=found.written.unflatten(0, grid),
-        engine=ready.name,
-        note=ready.note,
-    )
+    values = (tuple(chosen.tolist()), labels) if by_position else (labels,)
+    return laid_out(found, ready, job, site=f"features of {at}", axes=tuple(axes), values=values)
 
 
 def sweep_error(
@@ -172,7 +158,7 @@ def sweep_error(
     direction: str = "denoise",
     attention_mask: Tensor | None = None,
     precision: str = "fp32",
-    memory: int = 1 << 30,
+    memory: int = MEMORY,
     engine: str = "auto",
     progress: bool = True,
 ) -> Sweep:
@@ -223,20 +209,8 @@ def sweep_error(
     own, other = error.split(shape.b * shape.t)
     job = Job(ErrorCells(shape, place, other - own), as_metric("sweep_error", metric), base_name)
     found = execute("sweep_error", ready, job, memory=memory, progress=progress, resume=None)
-    return Sweep(
-        scores=found.scores.mean(-1),
-        by_prompt=found.scores,
-        axes=("position",),
-        values=(tuple(range(shape.t)),),
-        site=f"error of {at}",
-        metric=job.metric.name,
-        clean=found.clean,
-        corrupted=found.corrupted,
-        base=base_name,
-        written=found.written,
-        engine=ready.name,
-        note=ready.note,
-    )
+    values = (tuple(range(shape.t)),)
+    return laid_out(found, ready, job, site=f"error of {at}", axes=("position",), values=values)
 
 
 def _ready(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from microtome import _check
 from microtome.errors import ArgumentError
-from microtome.patching.engine import engine_for
+from microtome.patching.engine import MEMORY, engine_for
 from microtome.patching.execute import Engine, Job, execute
 from microtome.patching.listed_cells import ListedCells
 from microtome.patching.metrics import Metric, as_metric
@@ -54,7 +54,7 @@ def patch(
     *,
     attention_mask: Tensor | None = None,
     precision: str = "fp32",
-    memory: int = 1 << 30,
+    memory: int = MEMORY,
     engine: str = "auto",
     progress: bool = False,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def pairs(
     direction: str = "denoise",
     attention_mask: Tensor | None = None,
     precision: str = "fp32",
-    memory: int = 1 << 30,
+    memory: int = MEMORY,
     engine: str = "auto",
     progress: bool = True,
 ) -> Pairs:

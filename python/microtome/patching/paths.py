@@ -19,7 +19,7 @@ from microtome.models.native.base import BaseRun
 from microtome.models.native.block import Block
 from microtome.models.native.plan import STAGES, Plan, Sources, Writes
 from microtome.ops import ADD, REPLACE
-from microtome.patching.engine import engine_for
+from microtome.patching.engine import MEMORY, engine_for
 from microtome.patching.execute import Job, execute
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.native import NativeEngine
@@ -97,7 +97,7 @@ def path_patch(
     direction: str = "denoise",
     attention_mask: Tensor | None = None,
     precision: str = "fp32",
-    memory: int = 1 << 30,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Paths:
     """Patch the direct path from every sender to every receiver, and measure.

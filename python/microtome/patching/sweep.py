@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.patching.cells import AXES, make_grid
-from microtome.patching.engine import engine_for
+from microtome.patching.engine import MEMORY, engine_for
 from microtome.patching.execute import GridCells, Job, sweep_of
 from microtome.patching.metrics import Metric, as_metric
 from microtome.patching.prompts import one, pair
 from microtome.patching.result import Sweep
 from microtome.patching.values import ablation_values, check_operation, run_values
-
-MEMORY = 1 << 30
 
 
 def sweep(

@@ -16,12 +16,12 @@ from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
 from microtome.patching.cells import HEADED, Shape
+from microtome.patching.engine import MEMORY
+from microtome.patching.execute import predictions, recorded
 from microtome.patching.hooked import packed
 from microtome.patching.native import NativeEngine
 from microtome.patching.prompts import spans
-from microtome.patching.traced import BeyondError, Logits, Reads, reads_of
-
-MEMORY = 1 << 30
+from microtome.patching.traced import BeyondError, Logits, Reads
 
 
 def try_fast(request: PatchRequest) -> Tensor | None:
@@ -68,7 +68,9 @@ def try_fast(request: PatchRequest) -> Tensor | None:
         plan = plan.without_unchanged(_own(request, kind, engine.shape), engine.shape.t)
         try:
             try:
-                return _scores(request, engine, plan, _reads(request, engine))
+                metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
+                reads = recorded(engine, metrics, engine.run.final)
+                return _scores(request, engine, plan, reads)
             except BeyondError:
                 return _scores(request, engine, plan, None)
         except NonFiniteError:  # forwards have logits at padding, and say which cell it was
@@ -168,29 +170,12 @@ def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
     return lambda layer, stage: held[layer, stage]
 
 
-def _reads(request: PatchRequest, engine: NativeEngine) -> Reads:
-    """What the metrics read of the unpatched run."""
-    b, t = engine.shape.b, engine.shape.t
-    prompts = torch.arange(b)
-
-    def fetch(positions: Tensor, tokens: Tensor | None) -> Tensor:
-        slots = positions.expand(b, -1)
-        columns = None if tokens is None else tokens.expand(b, -1)
-        logits = engine.unpatched(prompts, slots, columns)
-        logits[engine.shape.padding(slots).to(logits.device)] = torch.nan
-        return logits
-
-    metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
-    return reads_of(metrics, (b, t, engine.vocabulary), engine.run.final, fetch)
-
-
 def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads | None) -> Tensor:
     """The metrics of every cell, from a table of the logits they read, or from all of them."""
     b, t = engine.shape.b, engine.shape.t
     slots = (torch.arange(t) if reads is None else reads.positions).expand(b, -1)
     columns = None if reads is None or reads.tokens is None else reads.tokens.expand(b, -1)
-    own = engine.unpatched(torch.arange(b), slots, columns)
-    own[engine.shape.padding(slots).to(own.device)] = torch.nan
+    own = predictions(engine, torch.arange(b), slots, columns)
     size = max(1, MEMORY // max(1, 2 * own.numel() * own.element_size()))
     scores = []
     for cells in torch.arange(len(request.cells)).split(size):

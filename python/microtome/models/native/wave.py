@@ -64,7 +64,7 @@ class Wave:
         blocks = self.base.stack.blocks
         live: Rows | None = None
         x = self.base.final.new_empty(0, self.base.final.shape[1])
-        keys = index = torch.empty(0, dtype=torch.int64, device=x.device)
+        parts: list[tuple[Rows, Tensor, Tensor]] = []  # of the last block
         for layer, block in enumerate(blocks):
             last = layer == len(blocks) - 1
             swaps = not block.parallel
@@ -116,18 +116,16 @@ class Wave:
                 if block.parallel:
                     pre = x[mids[0][1]] if last else x
                 x = self.mlp(layer, pre, mid, keys, index, exact)
-            joined_rows = [rows for rows, _, _ in mids + posts]
-            if joined_rows:
-                live = Rows.cat(joined_rows)
-                keys, index = tokens_of(mids + posts)
+            parts = mids + posts
+            if parts:
+                live = Rows.cat([rows for rows, _, _ in parts])
                 x = torch.cat(([x] if mids else []) + [stream for _, _, stream in posts])
-        return self.end(live, x, keys)
+        keys = torch.empty(0, dtype=torch.int64, device=x.device)
+        return self.end(x, tokens_of(parts)[0] if parts else keys)
 
-    def end(self, live: Rows | None, x: Tensor, keys: Tensor) -> Final:
+    def end(self, x: Tensor, keys: Tensor) -> Final:
         """Writes past the last block, and the rows that have no other."""
         depth, t = len(self.base.layers), self.base.shape[1]
-        if live is None:
-            keys = torch.empty(0, dtype=torch.int64, device=x.device)
         x = self.at.write(depth, "resid_pre", keys, x)
         joining = self.at.entering(depth, "resid_pre")
         if joining is not None:
