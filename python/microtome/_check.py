@@ -102,14 +102,16 @@ def one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
         raise ArgumentError(msg)
 
 
-def index_range(op: str, indices: Tensor, size: int, letter: str = "f") -> None:
+def index_range(
+    op: str, indices: Tensor, size: int, letter: str = "f", name: str = "indices"
+) -> None:
     """Raise ArgumentError unless every index lies in [0, size). One pass over `indices`."""
     if indices.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < 0 or high >= size:
         bad = low if low < 0 else high
-        msg = f"{op}: indices must lie in [0, {letter}={size}), got {bad}."
+        msg = f"{op}: {name} must lie in [0, {letter}={size}), got {bad}."
         raise ArgumentError(msg)
 
 

@@ -3,6 +3,8 @@
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.cascade_attention import cascade_attention, swap_key_attention
+from microtome.ops.coalition_gram import coalition_gram
+from microtome.ops.coalition_inputs import coalition_inputs
 from microtome.ops.delta_linear import delta_linear
 from microtome.ops.pack_weights import pack_weights
 from microtome.ops.packed_linear import packed_linear
@@ -10,6 +12,7 @@ from microtome.ops.patch_rows import ADD, REPLACE, SCALE, ZERO, patch_rows
 from microtome.ops.sae_loss import sae_loss
 from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
+from microtome.ops.shapley_reduce import shapley_reduce
 from microtome.ops.sparse_decode import sparse_decode
 from microtome.ops.topk_encode import topk_encode
 
@@ -23,6 +26,8 @@ __all__ = [
     "UpdateRule",
     "attribution_scores",
     "cascade_attention",
+    "coalition_gram",
+    "coalition_inputs",
     "delta_linear",
     "info",
     "moments_for",
@@ -32,6 +37,7 @@ __all__ = [
     "sae_loss",
     "sae_update",
     "screen_weights",
+    "shapley_reduce",
     "sparse_decode",
     "swap_key_attention",
     "topk_encode",

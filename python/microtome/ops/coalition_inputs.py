@@ -1,0 +1,177 @@
+"""Write the inputs of many coalitions: a player in it brings the explicand's columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microtome import _check
+from microtome.errors import ArgumentError, ShapeError
+from microtome.ops._registry import Op, demanded_backend
+
+_COLUMNS = ("explicand", "background", "order", "lo", "hi")
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
+# What can be wrong with a row, shared with csrc/cpu/coalition_inputs.h; the lowest is named.
+_EXPLICAND, _BACKGROUND, _ORDER, _SPAN, _PLAYER = range(1, 6)
+
+
+def coalition_inputs(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None = None
+) -> Tensor:
+    """Write an input per coalition: its players bring columns of x, the rest is background.
+
+        out[r, c] = x[explicand, c]           if lo <= ranks[order, player[c]] < hi
+                    background[background, c] otherwise
+
+    where rows[r] = (explicand, background, order, lo, hi): a coalition is a span of an order.
+
+    Args:
+        x: [e, m] float32, float64, bfloat16, float16, int64, int32, uint8 or bool: the rows to
+            explain.
+        background: [n, m], dtype of x: what stands in for players that are absent.
+        ranks: [q, p] int32 or int64; ranks[i, j] is the place of player j in order i, 0 first. Not
+            checked to be permutations: any number is compared with lo and hi as it is.
+        rows: [R, 5] int32 or int64, (explicand, background, order, lo, hi), 0 <= lo <= hi <= p.
+        player: [m] int32 or int64, the player that each column belongs to, in [0, p), or -1 for a
+            column that always comes from x. None: p = m, and column c is player c.
+
+    Returns:
+        [R, m], dtype of x.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the letters above do not agree.
+        ArgumentError: a row or a player reaches outside its tensors.
+        BackendError: a demanded backend cannot run these inputs.
+
+    Not differentiable. Moves bits: every backend gives the same, NaN included. Writes R*m items
+    once; what it reads stays in the cache, and no mask is formed. Rows that share an order are best
+    neighbours.
+    Source: Strumbelj and Kononenko 2014, doi:10.1007/s10115-013-0679-x.
+
+    Example:
+        >>> import torch
+        >>> x, background = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]])
+        >>> ranks = torch.tensor([[2, 0, 1]], dtype=torch.int32)  # player 1, then 2, then 0
+        >>> rows = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 3]], dtype=torch.int32)
+        >>> coalition_inputs(x, background, ranks, rows)
+        tensor([[ 0.,  2., -1.],
+                [ 1.,  0.,  3.]])
+    """
+    op = "coalition_inputs"
+    sizes = _check.shapes(
+        op,
+        x=(x, "e m"),
+        background=(background, "n m"),
+        ranks=(ranks, "q p"),
+        player=(player, "m"),
+    )
+    _check.columns(op, "rows", rows, _COLUMNS, "R")
+    if player is None and sizes["p"] != sizes["m"]:
+        msg = (
+            f"{op}: ranks must be [q, p] with p=m={sizes['m']} where player is None, got shape "
+            f"{list(ranks.shape)}. Name the player of each column with player=."
+        )
+        raise ShapeError(msg)
+    _check.dtype(op, _DTYPES, x=x)
+    _check.same_dtype(op, x=x, background=background)
+    _check.dtype(op, _check.INDICES, ranks=ranks, rows=rows, player=player)
+    _check.device(op, x=x, background=background, ranks=ranks, rows=rows, player=player)
+    if not (torch.compiler.is_compiling() or _checks_itself(x)):
+        check_tables(x, background, ranks, rows, player)
+    out: Tensor = _inputs(x, background, ranks, rows, player)
+    return out
+
+
+def _checks_itself(x: Tensor) -> bool:
+    """Whether the backend to come checks the rows: the reference and the C++ kernel do."""
+    return x.device.type == "cpu" and demanded_backend() != "triton"
+
+
+def coalition_inputs_reference(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> Tensor:
+    """A block of rows at a time, so that no mask as large as the answer is formed."""
+    check_tables(x, background, ranks, rows, player)
+    out = x.new_empty(rows.shape[0], x.shape[1])
+    block = max(1, (1 << 20) // max(1, x.shape[1]))
+    for part, into in zip(torch.split(rows.long(), block), torch.split(out, block), strict=True):
+        explicand, behind, order, lo, hi = part.unbind(1)  # each [block]
+        place = ranks[order]  # [block, p]
+        present = (place >= lo[:, None]) & (place < hi[:, None])
+        if player is not None:
+            always = present.new_ones(len(part), 1)  # read by index -1
+            present = torch.cat([present, always], 1)[:, player.long()]  # [block, m]
+        torch.where(present, x[explicand], background[behind], out=into)
+    return out
+
+
+def check_tables(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> None:
+    """Raise ArgumentError for the first column's player, then row, that reaches outside."""
+    (q, p), e, n = ranks.shape, x.shape[0], background.shape[0]
+    if player is not None:
+        outside = (player < -1) | (player >= p)
+        if bool(outside.any()):
+            raise_table(_PLAYER, int(outside.nonzero()[0]), x, background, ranks, rows, player)
+    explicand, behind, order, lo, hi = rows.unbind(1)  # each [R]
+    problems = torch.stack(
+        [
+            (explicand < 0) | (explicand >= e),
+            (behind < 0) | (behind >= n),
+            (order < 0) | (order >= q),
+            (lo < 0) | (lo > hi) | (hi > p),
+        ]
+    )  # [4, R]
+    bad = problems.any(0)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        code = int(problems[:, at].nonzero()[0]) + _EXPLICAND
+        raise_table(code, at, x, background, ranks, rows, player)
+
+
+def raise_table(
+    code: int,
+    at: int,
+    x: Tensor,
+    background: Tensor,
+    ranks: Tensor,
+    rows: Tensor,
+    player: Tensor | None,
+) -> None:
+    """Raise ArgumentError for what `code` says of row `at`, or of the player of column `at`."""
+    q, p = ranks.shape
+    if code == _PLAYER and player is not None:
+        msg = (
+            f"coalition_inputs: player must lie in [-1, p={p}), got {int(player[at])} for "
+            f"column {at}."
+        )
+        raise ArgumentError(msg)
+    why = {
+        _EXPLICAND: f"explicand must lie in [0, e={x.shape[0]})",
+        _BACKGROUND: f"background must lie in [0, n={background.shape[0]})",
+        _ORDER: f"order must lie in [0, q={q})",
+        _SPAN: f"0 <= lo <= hi <= p={p} must hold",
+    }[code]
+    msg = (
+        f"coalition_inputs: row {at} of rows ({', '.join(_COLUMNS)}) is {rows[at].tolist()}: {why}."
+    )
+    raise ArgumentError(msg)
+
+
+def _fake(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> Tensor:
+    return x.new_empty(rows.shape[0], x.shape[1])
+
+
+_inputs = Op(coalition_inputs_reference, fake=_fake)
