@@ -22,7 +22,18 @@ _PUBLIC = {
     "info": "microtome.ops",
     "use_backend": "microtome.ops",
 }
-_MODULES = ("errors", "integrations", "kernels", "models", "ops", "patching", "sae", "testing")
+_MODULES = (
+    "errors",
+    "integrations",
+    "kernels",
+    "lime",
+    "models",
+    "ops",
+    "patching",
+    "sae",
+    "shapley",
+    "testing",
+)
 
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 

@@ -1,0 +1,1 @@
+"""LIME: a sparse linear model of a model around one input."""

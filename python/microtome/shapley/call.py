@@ -1,0 +1,135 @@
+"""Any callable as a function of rows: what may come back, and what is wrong with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from microtome.errors import ArgumentError, NonFiniteError, ShapeError
+
+
+class Outputs:
+    """A function whose answers are checked and turned into float64.
+
+    Args:
+        name: what messages call it.
+        function: takes one argument, which stands for R rows, and returns R numbers or R rows of o
+            numbers: a tensor, an array, a DataFrame, a list, or a Hugging Face output with logits.
+        hint: what to add to the message when an answer is NaN or infinite.
+
+    Attributes:
+        scalar: whether it returns one number a row; known after the first call.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[[Any], Any], hint: Callable[[], str] | None = None
+    ) -> None:
+        self.name, self.function, self.hint = name, function, hint
+        self.scalar = True
+        self.outputs: int | None = None
+
+    def __call__(self, inputs: Any, count: int) -> Tensor:
+        """[count, o] float64 on the CPU, o = 1 for a scalar function.
+
+        Raises:
+            ShapeError: another number of rows came back, or other than 1 or 2 dimensions, or
+                another number of outputs than before.
+            NonFiniteError: an answer is NaN or infinite; the message names the rows.
+        """
+        with torch.no_grad():
+            out = as_tensor(self.function(inputs), self.name)
+        if out.dim() == 0 or out.shape[0] != count:
+            got = "a single number" if out.dim() == 0 else f"shape {list(out.shape)}"
+            msg = (
+                f"{self.name} was called with {count} rows and returned {got}. It must return one "
+                f"number, or one row of numbers, for each row it is given: [{count}] or "
+                f"[{count}, outputs]."
+            )
+            raise ShapeError(msg)
+        if out.dim() > 2:
+            msg = (
+                f"{self.name} must return [rows] or [rows, outputs], got shape {list(out.shape)}. "
+                "Choose the output to explain inside the function (one position, one class)."
+            )
+            raise ShapeError(msg)
+        scalar = out.dim() == 1
+        out = out.reshape(count, -1)
+        if self.outputs is None:
+            self.scalar, self.outputs = scalar, out.shape[1]
+        elif (scalar, out.shape[1]) != (self.scalar, self.outputs) and count:
+            msg = (
+                f"{self.name} returned {self.outputs} outputs at first and {out.shape[1]} now. It "
+                "must return the same number for every row."
+            )
+            raise ShapeError(msg)
+        if not np.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
+            bad = (~torch.isfinite(out)).any(1).nonzero().flatten()
+            first = ", ".join(map(str, bad[:5].tolist()))
+            hint = self.hint() if self.hint else ""
+            msg = (
+                f"{self.name} returned NaN or infinity for {len(bad)} of {count} rows (row {first}"
+                f"{', ...' if len(bad) > 5 else ''}). {hint}Absent players are replaced by "
+                "background values: check that the model takes such rows."
+            )
+            raise NonFiniteError(msg)
+        return out
+
+
+def as_tensor(out: Any, name: str) -> Tensor:
+    """What a model returned, as a float64 tensor on the CPU.
+
+    Raises:
+        ShapeError: it is nothing that holds numbers.
+    """
+    out = getattr(out, "logits", out)
+    if isinstance(out, Tensor):
+        return out.detach().to("cpu", torch.float64)
+    try:
+        return torch.from_numpy(np.ascontiguousarray(out, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        msg = (
+            f"{name} must return numbers (a tensor, an array or a list of them), got "
+            f"{type(out).__name__}. Wrap it: lambda rows: model(rows)[...]."
+        )
+        raise ShapeError(msg) from error
+
+
+def as_function(op: str, f: Any) -> tuple[Callable[[Any], Any], str]:
+    """A model as a plain function, and what kind of rows it wants: "torch", "numpy" or "same".
+
+    A torch module takes tensors, a scikit-learn estimator arrays or DataFrames (its predict_proba
+    if it has one, else its predict), and any other callable whatever kind the user's rows are.
+
+    Raises:
+        ArgumentError: `f` is neither callable nor an estimator.
+    """
+    if isinstance(f, nn.Module):
+        return f, "torch"
+    for method in ("predict_proba", "predict"):
+        if hasattr(f, method) and hasattr(f, "fit"):
+            return getattr(f, method), "numpy"
+    if not callable(f):
+        msg = (
+            f"{op}: f must be a function of rows, a torch module or a scikit-learn estimator, got "
+            f"{type(f).__name__}."
+        )
+        raise ArgumentError(msg)
+    owner = getattr(f, "__self__", None)
+    return f, "torch" if isinstance(owner, nn.Module) else "same"
+
+
+def check_deterministic(op: str, first: Tensor, second: Tensor) -> None:
+    """Raise ArgumentError if two answers to the same rows differ by more than rounding."""
+    apart = float((first - second).abs().max()) if first.numel() else 0.0
+    scale = float(first.abs().max()) if first.numel() else 0.0
+    if apart > 1e-4 * max(scale, 1e-30):
+        msg = (
+            f"{op}: f gives different answers to the same rows (they differ by up to {apart:.3g}). "
+            "Put the model in evaluation mode (model.eval()) or fix its seed inside f, or pass "
+            "check=False to sample over its noise."
+        )
+        raise ArgumentError(msg)

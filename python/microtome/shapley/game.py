@@ -1,0 +1,106 @@
+"""What a Shapley estimator asks of a game: the value of coalitions, many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import ArgumentError
+from microtome.shapley.call import Outputs
+from microtome.shapley.coalitions import members
+from microtome.shapley.players import Players
+
+MEMORY = 32 << 20  # bytes of model inputs in one call
+
+
+class Game(Protocol):
+    """A value for every coalition of players; the contract between games and estimators.
+
+    Attributes:
+        players: who plays, with names, and how to show them.
+        explicands: e, how many rows are explained; every row has its own game.
+        backgrounds: n, how many background rows absent players are drawn from, 1 if none.
+        evaluations: model rows computed so far.
+        rows_per_round: about how many rows to ask for between two looks at the clock.
+        scalar: whether a value is one number; known after `ends`.
+        engine: what computes the values, in a word.
+    """
+
+    players: Players
+    explicands: int
+    backgrounds: int
+    evaluations: int
+    rows_per_round: int
+    scalar: bool
+    engine: str
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The empty coalition [1 or e, n, o] and the full one [e, o], float64, computed once."""
+        ...
+
+    def values(self, ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:
+        """The value of each coalition for some explicands.
+
+        Args:
+            ranks: [q, p] int32.
+            spans: [K, 4] int32 (background, order, lo, hi); background MEAN = -1 is the mean over
+                all background rows.
+            who: [e'] int64, which explicands.
+
+        Returns:
+            [e', K, o] float64.
+        """
+        ...
+
+
+class SetGame:
+    """A game given by its own function of coalitions: the plainest game, and the tests' own.
+
+    Args:
+        value: takes [K, p] bool (True: the player is in) and returns [K] or [K, o] numbers.
+        players: names, or how many.
+
+    Example:
+        >>> game = SetGame(lambda inside: inside.sum(1) ** 2, 3)
+        >>> game.ends()[1]
+        tensor([[9.]], dtype=torch.float64)
+    """
+
+    rows_per_round = 1 << 13
+    engine = "function"
+    explicands = 1
+    backgrounds = 1
+
+    def __init__(self, value: Callable[[Tensor], Any], players: Players | int) -> None:
+        if isinstance(players, int):
+            if players < 1:
+                msg = f"SetGame: players must be at least 1, got players={players}."
+                raise ArgumentError(msg)
+            players = Players(tuple(f"player {j}" for j in range(players)))
+        self.players = players
+        self.evaluations = 0
+        self._call = Outputs("the value function", value)
+        self._ends: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scalar(self) -> bool:
+        return self._call.scalar
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        if self._ends is None:
+            p = len(self.players)
+            both = torch.tensor([False, True])[:, None].expand(2, p).contiguous()
+            empty, full = self._run(both)
+            self._ends = empty[None, None], full[None]
+        return self._ends
+
+    def values(self, ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:
+        inside = members(ranks, spans)
+        return self._run(inside)[None].expand(len(who), -1, -1)
+
+    def _run(self, inside: Tensor) -> Tensor:
+        self.evaluations += len(inside)
+        return self._call(inside, len(inside))

@@ -1,0 +1,138 @@
+"""The game of a model's inputs: absent players take their values from background rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import ArgumentError
+from microtome.ops import coalition_inputs
+from microtome.shapley.call import Outputs, as_function, check_deterministic
+from microtome.shapley.coalitions import MEAN
+from microtome.shapley.game import MEMORY
+from microtome.shapley.players import Players, column_players
+from microtome.shapley.rows import Rows
+
+
+class InputGame:
+    """v(S) = mean over background rows b of f(x_S, b_rest), for each of e rows x.
+
+    Args:
+        f: a function of rows, a torch module, or a scikit-learn estimator (call.as_function). It
+            gets rows of the kind, shape and dtype of `x`.
+        x: [e, ...] rows to explain; [m] for one row of a table.
+        background: [n, ...] rows that absent players are drawn from.
+        groups: as in players.column_players, over the flattened columns. Or (Players, [m] int32).
+        memory: bytes of rows in one call of f.
+        check: call f twice on the rows to explain, to find out whether it is deterministic.
+        op: name for messages.
+
+    Raises:
+        ArgumentError, ShapeError: x, background and groups do not agree, or f is not deterministic.
+    """
+
+    rows_per_round = 1 << 13
+    engine = "calls"
+
+    def __init__(
+        self,
+        f: Any,
+        x: Any,
+        background: Any,
+        *,
+        groups: Mapping[str, Sequence[int | str]] | Sequence[int] | Tensor | None = None,
+        memory: int = MEMORY,
+        check: bool = True,
+        op: str = "InputGame",
+    ) -> None:
+        self.f, self.op, self.check = f, op, check
+        function, wants = as_function(op, f)
+        self.rows = Rows(op, x, background, wants)
+        if isinstance(groups, tuple) and len(groups) == 2 and isinstance(groups[0], Players):
+            self.players, self.player = groups
+        else:
+            self.players, self.player = column_players(op, self.rows.columns, groups)
+        if len(self.players) == 0:
+            msg = f"{op}: x has no columns, so there are no players. Pass [e, m] with m >= 1."
+            raise ArgumentError(msg)
+        if self.player is not None:
+            self.player = self.player.to(self.rows.x.device)
+        self.explicands, self.backgrounds = len(self.rows.x), len(self.rows.background)
+        self.evaluations = 0
+        self.per_call = max(1, memory // max(1, self.rows.row_bytes))
+        self._call = Outputs(f"{op}: f", function, self._hint)
+        self._ends: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scalar(self) -> bool:
+        return self._call.scalar
+
+    def _hint(self) -> str:
+        missing = self.rows.missing()
+        if not missing:
+            return ""
+        names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        return f"There are missing values in column {names}: impute them. "
+
+    def call(self, rows: Tensor) -> Tensor:
+        """[R, o] float64 for rows [R, m] of any number, a bounded number of bytes at a time."""
+        self.evaluations += len(rows)
+        parts = rows.split(self.per_call) if len(rows) else [rows]
+        out = [self._call(self.rows.back(part), len(part)) for part in parts]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The empty coalition [1, n, o] or [e, n, o], and the full one [e, o]."""
+        if self._ends is None:
+            full = self.call(self.rows.x)
+            if self.check and self.explicands:
+                check_deterministic(self.op, full, self.call(self.rows.x))
+            if self.player is not None and bool((self.player < 0).any()):
+                always = (self.player < 0)[None, None]  # columns that no player holds
+                mixed = torch.where(always, self.rows.x[:, None], self.rows.background)
+                empty = self.call(mixed.flatten(0, 1))
+                empty = empty.reshape(self.explicands, self.backgrounds, -1)
+            else:
+                empty = self.call(self.rows.background)[None]
+            self._ends = empty, full
+        return self._ends
+
+    def values(self, ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:
+        n, K = self.backgrounds, len(spans)
+        device = self.rows.x.device
+        ranks, spans = ranks.to(device), spans.to(device)
+        mean = bool((spans[:, 0] == MEAN).any()) and n > 1
+        if mean and bool((spans[:, 0] != MEAN).any()):
+            msg = f"{self.op}: spans ask for single background rows and for their mean at once."
+            raise ArgumentError(msg)
+        each = n if mean else 1
+        total = len(who) * K * each
+        who32 = who.to(device, torch.int32)
+        parts = []
+        for at in range(0, max(total, 1), self.per_call):
+            flat = torch.arange(at, min(at + self.per_call, total), device=device)
+            table = self._table(flat, who32, spans, each)
+            rows = coalition_inputs(self.rows.x, self.rows.background, ranks, table, self.player)
+            parts.append(self.call(rows))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = out.reshape(len(who), K, each, -1)
+        return out.mean(2) if each > 1 else out[:, :, 0]
+
+    def _table(self, flat: Tensor, who: Tensor, spans: Tensor, each: int) -> Tensor:
+        """Rows of coalition_inputs for entries of [explicand, coalition, background]."""
+        K = len(spans)
+        table = torch.empty(len(flat), 5, dtype=torch.int32, device=flat.device)
+        coalition = flat // each if each > 1 else flat
+        if len(who) > 1:
+            explicand = coalition // K
+            coalition = coalition - explicand * K
+            table[:, 0] = who[explicand]
+        else:
+            table[:, 0] = who
+        chosen = spans if len(flat) == K == coalition.numel() else spans[coalition]
+        table[:, 2:] = chosen[:, 1:]
+        table[:, 1] = flat % each if each > 1 else chosen[:, 0].clamp(min=0)
+        return table

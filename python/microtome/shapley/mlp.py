@@ -1,0 +1,180 @@
+"""The white box: a multilayer perceptron is walked inside one kernel, nothing materialised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microtome import _check, _native, ops
+from microtome.errors import ArgumentError
+from microtome.shapley.game import Game
+from microtome.shapley.inputs import InputGame
+from microtome.shapley.running import Moments
+
+_SAMPLE = 16  # strata on which the shift of bf16 is measured
+_FAR_BELOW = 0.1  # of the standard error
+
+
+def layers_of(f: Any) -> tuple[list[nn.Linear], list[int]] | str:
+    """The Linear layers of an nn.Sequential and the activation after each, or why there are none.
+
+    Identity and dropout in evaluation mode are passed over, Flatten too at the start.
+    """
+    if isinstance(f, nn.Linear):
+        f = nn.Sequential(f)
+    if not isinstance(f, nn.Sequential):
+        return "f is no nn.Sequential of Linear layers and pointwise activations"
+    linear: list[nn.Linear] = []
+    codes: list[int] = []
+    for module in _flat(f):
+        if type(module) is nn.Linear:
+            linear.append(module)
+            codes.append(ops.IDENTITY)
+            continue
+        if isinstance(module, nn.Identity) or (
+            isinstance(module, nn.Dropout | nn.AlphaDropout) and not module.training
+        ):
+            continue
+        if isinstance(module, nn.Flatten) and not linear and module.start_dim == 1:
+            continue
+        code = _activation(module)
+        if code is None or not linear or codes[-1] != ops.IDENTITY:
+            return f"the layer {module} is not a Linear layer or an activation the kernel knows"
+        codes[-1] = code
+    if not linear:
+        return "f has no Linear layer"
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in f.modules())
+    if hooked:
+        return "f carries hooks, which the kernel would pass over"
+    if any(layer.weight.dtype != torch.float32 for layer in linear):
+        return "the weights are not float32"
+    return linear, codes
+
+
+def _flat(f: nn.Sequential) -> list[nn.Module]:
+    out: list[nn.Module] = []
+    for module in f:
+        out += _flat(module) if type(module) is nn.Sequential else [module]
+    return out
+
+
+def _activation(module: nn.Module) -> int | None:
+    if isinstance(module, nn.GELU):
+        return ops.GELU_TANH if module.approximate == "tanh" else ops.GELU
+    if isinstance(module, nn.LeakyReLU):
+        return ops.LEAKY_RELU if module.negative_slope == 0.01 else None
+    if isinstance(module, nn.ELU):
+        return ops.ELU if module.alpha == 1.0 else None
+    if isinstance(module, nn.Softplus):
+        return ops.SOFTPLUS if (module.beta, module.threshold) == (1.0, 20.0) else None
+    plain = {
+        nn.ReLU: ops.RELU,
+        nn.SiLU: ops.SILU,
+        nn.Tanh: ops.TANH,
+        nn.Sigmoid: ops.SIGMOID,
+    }
+    return plain.get(type(module))
+
+
+def mlp_walker(op: str, game: Game, strata: int, precision: str) -> MlpWalker | None:
+    """The walker of a game whose model is a multilayer perceptron, or None.
+
+    Raises:
+        ArgumentError: an unknown precision, or one demanded where there is no white-box path.
+    """
+    _check.one_of(op, "precision", precision, ("auto", "fp32", "bf16"))
+    why = "the game is not one of a model's inputs"
+    if isinstance(game, InputGame):
+        found = layers_of(game.f)
+        if not isinstance(found, str) and game.rows.x.dtype == torch.float32:
+            return MlpWalker(game, found, strata, precision)
+        why = found if isinstance(found, str) else "x is not float32"
+    if precision == "bf16":
+        msg = f"{op}: precision='bf16' needs the white-box path, but {why}. Use precision='auto'."
+        raise ArgumentError(msg)
+    return None
+
+
+def _stderr(mean: Tensor, m2: Tensor, units: int) -> Tensor:
+    """[e, p, o], of one round by itself."""
+    moments = Moments()
+    moments.add(mean, m2, units)
+    return moments.estimate()[1]
+
+
+class MlpWalker:
+    """Moments of marginals straight from `mlp_shapley`.
+
+    With precision "auto" and bf16 products in the processor, a first look measures, on the walks of
+    some background rows, by how much bf16 shifts each player's value. Its 95% bound has to stay
+    below a tenth of the row's standard error, or that row is done in float32. `note` says which
+    and by how much.
+    """
+
+    engine = "mlp"
+
+    def __init__(
+        self, game: InputGame, found: tuple[list[nn.Linear], list[int]], strata: int, precision: str
+    ) -> None:
+        linear, self.codes = found
+        self.game, self.precision, self.note = game, precision, ""
+        none = torch.empty(0)
+        self.weights = [layer.weight.detach() for layer in linear]
+        self.biases = [none if layer.bias is None else layer.bias.detach() for layer in linear]
+        deep = len(linear) > 2 and self.weights[0].device.type == "cpu"
+        self.low = deep and not _native.why_absent() and _native.isa() in ("avx512bf16", "amx")
+
+    def __call__(self, ranks: Tensor, paired: bool, who: Tensor) -> tuple[Tensor, Tensor]:
+        U = ranks.shape[1]
+        self.game.evaluations += (
+            len(who)
+            * self.game.backgrounds
+            * U
+            * ranks.shape[2]
+            * (ranks.shape[3] - 1)
+            * (2 if paired else 1)
+        )
+        if self.precision == "fp32" or (self.precision == "auto" and not self.low):
+            return self._run(ranks, paired, who, "fp32")
+        mean, m2 = self._run(ranks, paired, who, "bf16")
+        if self.precision == "bf16":
+            self.note = "bf16 products, as demanded"
+            return mean, m2
+        # A row's precision depends on its own numbers alone, so that no other row can change it.
+        error = _stderr(mean, m2, U).square().mean((1, 2)).sqrt()  # [e]
+        worst = self._shift(ranks, paired, who).square().mean((1, 2)).sqrt()
+        near = ~(worst <= _FAR_BELOW * error)
+        if bool(near.any()):
+            mean[near], m2[near] = self._run(ranks, paired, who[near], "fp32")
+        if not bool(near.all()):
+            part = float((worst / error)[~near].max())
+            rows = "" if not bool(near.any()) else f" in {int((~near).sum())} of {len(who)} rows"
+            self.note = f"bf16 products{rows}, shift at most {part:.1%} of the standard error"
+        return mean, m2
+
+    def _shift(self, ranks: Tensor, paired: bool, who: Tensor) -> Tensor:
+        """[e, p, o]: a 95% bound on the bf16 shift of each value, from some walks in both."""
+        S = ranks.shape[0]
+        some = torch.arange(0, S, max(1, S // _SAMPLE)) if S > 1 else None
+        part = ranks[:, :1] if some is None else ranks[some, :1]
+        low, high = (
+            self._run(part, paired, who, precision, some)[0] for precision in ("bf16", "fp32")
+        )
+        apart = low - high  # [e, s, p, o]
+        shift = apart.mean(1).abs()
+        if apart.shape[1] > 1:
+            shift = shift + 2 * apart.std(1) / apart.shape[1] ** 0.5
+        return shift
+
+    def _run(
+        self, ranks: Tensor, paired: bool, who: Tensor, precision: str, some: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows = self.game.rows
+        background = rows.background if some is None else rows.background[some]
+        x = rows.x if len(who) == len(rows.x) else rows.x[who]
+        return ops.mlp_shapley(
+            x, background, ranks, self.weights, self.biases, self.codes, self.game.player,
+            paired=paired, precision=precision,
+        )  # fmt: skip
