@@ -40,6 +40,11 @@ PACKAGES = (
     "transformer-lens",
     "nnsight",
     "pyvene",
+    "shap",
+    "captum",
+    "shapiq",
+    "lime",
+    "scikit-learn",
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import patching_table
+from benchmarks import patching_table, shapley_table
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -28,6 +28,8 @@ def markdown(result: Result) -> str:
     """Everything in one result: the machine, its ceilings, and one table a case."""
     if result.get("kind") == "patching":
         return patching_table.markdown(result)
+    if result.get("kind") == "shapley":
+        return shapley_table.markdown(result)
     m, limits = result["machine"], result["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
     lines = [
@@ -125,6 +127,9 @@ def figures(results: Iterable[Result]) -> set[str]:
     for result in results:
         if result.get("kind") == "patching":
             said |= patching_table.figures(result)
+            continue
+        if result.get("kind") == "shapley":
+            said |= shapley_table.figures(result)
             continue
         said |= {f"{v:.1f}" for v in result["ceilings"].values()}
         imports = result.get("imports") or {}

@@ -1,0 +1,93 @@
+"""Measure Shapley values and LIME beside the peers; benchmarks/README.md says how to read it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/shapley.py", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases to run")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="counts (1 2)")
+    parser.add_argument("--spend", type=float, default=6.0, help="seconds a contender (6)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--name", default="shapley", help="of the JSON: <name>-<isa>.json")
+    parser.add_argument("--merge", action="store_true", help="keep rows that are not run again")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a child (1800)")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "benchmarks")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="JSON", help="print these, stop")
+    return parser.parse_args(arguments)
+
+
+def rows_of(name: str, threads: int, options: argparse.Namespace) -> list[Row]:
+    """The rows of a case: one child for all contenders, who take turns; for memory one for each."""
+    from benchmarks.child import child
+    from benchmarks.shapley_case import CASES
+    from benchmarks.shapley_child import ways
+
+    alone = CASES[name].what == "memory"
+    rows: list[Row] = []
+    for only in ways(name) if alone else [""]:
+        request = {"case": name, "cache": str(options.cache), "threads": threads,
+                   "only": only, "spend": options.spend}  # fmt: skip
+        found, output = child(
+            "shapley_child", json.dumps(request), threads=threads, timeout=options.timeout
+        )
+        if not found:
+            error = " ".join(output.splitlines()[-2:])
+            found = [{"case": name, "contender": only or "all", "threads": threads,
+                      "status": "FAILED", "error": error}]  # fmt: skip
+        rows += found
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    """Run, write the JSON after every case, print the tables; 1 if a row FAILED."""
+    from benchmarks import machine, render
+    from benchmarks.shapley_case import CASES
+
+    options = parse(arguments)
+    if options.render:
+        for result in render.read(options.render):
+            print(render.markdown(result))
+        return 0
+    unknown = [word for word in options.only if word not in CASES]
+    if unknown:
+        msg = f"shapley.py: --only {unknown[0]!r} is no case. There are {', '.join(CASES)}."
+        raise SystemExit(msg)
+    path = options.out / f"{options.name}-{machine.isa()}.json"
+    old = json.loads(path.read_text())["rows"] if options.merge and path.exists() else []
+    about = machine.describe(max(options.threads))
+    result: dict[str, Any] = {"kind": "shapley", "machine": about, "rows": old}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or CASES:
+        for threads in options.threads:
+            new = rows_of(name, threads, options)
+            for row in new:
+                row.update(date=about["date"], commit=about["commit"])
+                said = f"{row['ms']:.3f} ms" if row["status"] == "ok" else row["status"]
+                print(f"{name:16} {threads} {row['contender']:36} {said}", file=sys.stderr)
+            key = (name, threads)
+            kept = [row for row in result["rows"] if (row["case"], row["threads"]) != key]
+            result["rows"] = kept + new
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    print(render.markdown(result), f"written to {path}", sep="\n\n")
+    return int(any(row["status"] == "FAILED" for row in result["rows"]))
+
+
+if __name__ == "__main__":
+    # The root must not stay on the path: its folder kernels/ has the name of a package that others
+    # look for. Once `benchmarks` is imported, its modules are found through it.
+    sys.path[0] = str(ROOT)
+    importlib.import_module("benchmarks")
+    sys.path.pop(0)
+    sys.exit(main(sys.argv[1:]))
