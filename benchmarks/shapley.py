@@ -43,7 +43,7 @@ def rows_of(name: str, threads: int, options: argparse.Namespace) -> list[Row]:
             "shapley_child", json.dumps(request), threads=threads, timeout=options.timeout
         )
         if not found:
-            error = " ".join(output.splitlines()[-2:])
+            error = " ".join(output.splitlines()[-4:])
             found = [{"case": name, "contender": only or "all", "threads": threads,
                       "status": "FAILED", "error": error}]  # fmt: skip
         rows += found

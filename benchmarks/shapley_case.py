@@ -1,7 +1,8 @@
-"""The games of the Shapley benchmark: a small network on a public table, and what is known of it."""
+"""The games of the Shapley benchmark: a small network on a public table, and its values."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,7 @@ def wide(columns: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = (columns, 256, 256, 1)
     layers: list[nn.Module] = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in itertools.pairwise(sizes):
         layer = nn.Linear(i, o)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(o, i, generator=generator) / i**0.5)

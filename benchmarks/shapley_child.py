@@ -63,7 +63,7 @@ def prepared(asked: Question, name: str, prepare: Any) -> tuple[Contender | None
 
 
 def measure(asked: Question, contenders: dict[str, tuple[Contender, Row]], spend: float) -> None:
-    """Fill in the rows: turns of one run each, until every contender had its seconds or 9 turns."""
+    """Fill in the rows: turns of one run each, until each had its seconds, at most 25."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
@@ -83,10 +83,9 @@ def measure(asked: Question, contenders: dict[str, tuple[Contender, Row]], spend
     gc.unfreeze()
     for name, (contender, row) in contenders.items():
         ms = sorted(1e3 * t for t in times[name])
-        row.update(
-            ms=statistics.median(ms), ms_least=ms[0], ms_most=ms[-1], turns=len(ms),
-            evaluations=contender.evaluations, **contender.about(),
-        )  # fmt: skip
+        figures = {"ms": statistics.median(ms), "ms_least": ms[0], "ms_most": ms[-1]}
+        planned = {"turns": len(ms), "evaluations": contender.evaluations}
+        row.update({**figures, **planned, **contender.about()})
         if found[name]:
             row["error"] = statistics.fmean(e * e for e in found[name]) ** 0.5
             # Sampling error falls with the square root of the work.
@@ -106,7 +105,7 @@ def memory(asked: Question, name: str, prepare: Any) -> Row:
 
 
 def main(result_path: str, request: str) -> None:
-    """Entry of the child: `request` is JSON (case, cache, threads, only, spend); rows to the file."""
+    """Entry of the child: `request` is JSON; rows go to `result_path`, JSON lines."""
     asked_for = json.loads(request)
     torch.set_num_threads(asked_for["threads"])
     torch.set_grad_enabled(False)
