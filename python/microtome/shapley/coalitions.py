@@ -36,19 +36,21 @@ def walk(p: int, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([nothing, t]), torch.cat([t, everything]), torch.cat([t, p + t])
 
 
-def walk_spans(S: int, chains: int, p: int, paired: bool, background: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def walk_spans(S: int, chains: int, p: int, paired: bool, mean: bool) -> Tensor:
     """Spans of the inner steps of S * chains walks, one walk after another.
 
     Args:
-        S: strata; walk c of stratum s follows order s * chains + c.
+        S: strata, each with its background row; walk c of stratum s follows order s * chains + c.
         chains: walks in a stratum.
         p: players.
         paired: whether walks also go back.
-        background: [S], the background row of each stratum, or MEAN.
+        mean: take the mean over all background rows instead.
     """
     lo, hi, _ = walk(p, paired)
     order = torch.arange(S * chains).reshape(S, chains, 1)
-    return spans(background.reshape(S, 1, 1), order, lo, hi)
+    row = torch.tensor(MEAN) if mean else torch.arange(S).reshape(S, 1, 1)
+    return spans(row, order, lo, hi)
 
 
 def members(ranks: Tensor, spans: Tensor) -> Tensor:

@@ -87,17 +87,16 @@ class InputGame:
     def ends(self) -> tuple[Tensor, Tensor]:
         """The empty coalition [1, n, o] or [e, n, o], and the full one [e, o]."""
         if self._ends is None:
-            full = self.call(self.rows.x)
-            if self.check and self.explicands:
-                check_deterministic(self.op, full, self.call(self.rows.x))
+            x, absent, e = self.rows.x, self.rows.background, self.explicands
             if self.player is not None and bool((self.player < 0).any()):
                 always = (self.player < 0)[None, None]  # columns that no player holds
-                mixed = torch.where(always, self.rows.x[:, None], self.rows.background)
-                empty = self.call(mixed.flatten(0, 1))
-                empty = empty.reshape(self.explicands, self.backgrounds, -1)
-            else:
-                empty = self.call(self.rows.background)[None]
-            self._ends = empty, full
+                absent = torch.where(always, x[:, None], absent).flatten(0, 1)
+            again = x if self.check else x[:0]
+            full, second, empty = self.call(torch.cat([x, again, absent])).split(
+                [e, len(again), len(absent)]
+            )
+            check_deterministic(self.op, full[: len(second)], second)
+            self._ends = empty.reshape(-1, self.backgrounds, full.shape[1]), full
         return self._ends
 
     def values(self, ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:

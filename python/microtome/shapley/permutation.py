@@ -42,7 +42,7 @@ def permutation(
     precision: str = "auto",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ShapleyValues:
     """Estimate Shapley values by walking through random permutations of the players.
 
@@ -77,7 +77,7 @@ def permutation(
             is measured, stays far below the standard error (mlp.py).
         memory: bytes of rows in one call of f.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         ShapleyValues, [e, p] or [e, p, o], with standard errors; sums match f(x) - mean f(b).
@@ -173,7 +173,10 @@ def _sample(
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
     stderr = torch.full_like(values, math.nan)
     block = max(1, memory // max(1, 8 * o * S * max(3 * p, each * plan.A * (2 * p + 1))))
-    bar = tqdm(total=e * plan.U, desc="permutation", unit="unit", disable=not progress)
+    quick = e * plan.U <= each  # one round: no bar, which would cost a part of it
+    bar = tqdm(
+        total=e * plan.U, desc="permutation", unit="unit", delay=1.0, disable=quick or not progress
+    )
     interrupted, done = False, 0
     with bar:
         for at in range(0, e, block):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from microtome.ops import shapley_reduce
-from microtome.shapley.coalitions import MEAN, walk, walk_spans
+from microtome.shapley.coalitions import walk, walk_spans
 from microtome.shapley.game import Game
 from microtome.shapley.link import Link
 
@@ -35,8 +35,7 @@ class GameWalker:
     def __init__(self, game: Game, strata: int, link: Link | None) -> None:
         self.game, self.link = game, link
         self.engine = game.engine
-        one = torch.tensor([MEAN]) if game.backgrounds > 1 else torch.zeros(1, dtype=torch.int64)
-        self.background = one if strata == 1 else torch.arange(strata)
+        self.mean = strata == 1 and game.backgrounds > 1
         empty, full = game.ends()
         self.empty = empty.mean(1, keepdim=True) if strata == 1 else empty  # [1 or e, S, o]
         self.full = full  # [e, o]
@@ -49,7 +48,7 @@ class GameWalker:
         at = walk(p, paired)[2]
         values = torch.empty(e, S, U * A, 2 * p + 1 if paired else p + 1, o, dtype=torch.float64)
         if len(at):
-            spans = walk_spans(S, U * A, p, paired, self.background)
+            spans = walk_spans(S, U * A, p, paired, self.mean)
             inner = self.game.values(ranks.reshape(-1, p), spans, who)
             if self.link is not None:
                 inner = self.link(inner)
