@@ -11,6 +11,7 @@
 #include "common/pages.h"
 #include "cpu/attribution_scores.h"
 #include "cpu/cascade_attention.h"
+#include "cpu/coalition_inputs.h"
 #include "cpu/delta_linear.h"
 #include "cpu/pack_weights.h"
 #include "cpu/packed_linear.h"
@@ -54,6 +55,17 @@ std::pair<int64_t, int64_t> bind_patch_rows(Address base, int64_t example, int64
         {at<const float>(base), example, token, at<const float>(sources), source, at<const int32_t>(rows),
          at<const int32_t>(table), at<const float>(factors), total, n, m, b, t, w, S, w_s, at<float>(out)},
         threads);
+}
+
+std::pair<int64_t, int64_t> bind_coalition_inputs(Address x, int64_t x_stride, Address background,
+                                                  int64_t background_stride, Address ranks, Address rows,
+                                                  Address player, int64_t e, int64_t n, int64_t q, int64_t p, int64_t m,
+                                                  int64_t R, int64_t size, Address out, const std::string& isa,
+                                                  int threads) {
+    return cpu::coalition_inputs(
+        {at<const void>(x), x_stride, at<const void>(background), background_stride, at<const int32_t>(ranks),
+         at<const int32_t>(rows), at<const int32_t>(player), e, n, q, p, m, at<void>(out)},
+        R, size, isa, threads);
 }
 
 // Address and strides of example, token and head.
@@ -139,6 +151,7 @@ PYBIND11_MODULE(_native_ext, m) {
     });
     m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("cascade_attention", &bind_cascade_attention, nogil);
+    m.def("coalition_inputs", &bind_coalition_inputs, nogil);
     m.def("patch_rows", &bind_patch_rows, nogil);
     m.def("swap_key_attention", &bind_swap_key_attention, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);

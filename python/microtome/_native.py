@@ -64,9 +64,9 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def empty(*shape: int) -> Tensor:
-    """An uninitialised float32 result on the CPU; a large one is backed by large pages."""
-    out = torch.empty(*shape, dtype=torch.float32, device="cpu")
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised result on the CPU; a large one is backed by large pages."""
+    out = torch.empty(*shape, dtype=dtype, device="cpu")
     if out.nbytes >= _LARGE:
         module().ask_for_large_pages(out.data_ptr(), out.nbytes)
     return out
@@ -81,6 +81,8 @@ def int32(indices: Tensor, f: int) -> Tensor:
 
 def saturated(table: Tensor) -> Tensor:
     """A table as contiguous int32; what int32 cannot hold becomes its least or largest number."""
+    if table.dtype == torch.int32:
+        return table.contiguous()
     if table.dtype == torch.int64:
         table = table.clamp(-(2**31), 2**31 - 1)
     return table.to(torch.int32).contiguous()

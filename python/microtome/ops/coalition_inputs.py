@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._registry import Op, demanded_backend
+from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
 
 _COLUMNS = ("explicand", "background", "order", "lo", "hi")
 _DTYPES = (
@@ -174,4 +174,31 @@ def _fake(
     return x.new_empty(rows.shape[0], x.shape[1])
 
 
-_inputs = Op(coalition_inputs_reference, fake=_fake)
+def _cpu_inputs(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> Tensor:
+    """csrc/cpu/coalition_inputs.cpp; x and background are copied only if columns lie apart."""
+    (e, m), n, (q, p), R = x.shape, background.shape[0], ranks.shape, rows.shape[0]
+    x, background = _native.rows(x), _native.rows(background)
+    ranks32, rows32 = _native.saturated(ranks), _native.saturated(rows)
+    player32 = None if player is None else _native.saturated(player)
+    out = _native.empty(R, m, dtype=x.dtype)
+    code, at = _native.module().coalition_inputs(
+        x.data_ptr(), x.stride(0), background.data_ptr(), background.stride(0),
+        ranks32.data_ptr(), rows32.data_ptr(), _native.address(player32),
+        e, n, q, p, m, R, x.itemsize, out.data_ptr(), _native.forced_isa(), _native.threads(),
+    )  # fmt: skip
+    if code:
+        raise_table(code, at, x, background, ranks, rows, player)
+    return out
+
+
+def _why_not_cpu(*args: object) -> str | None:
+    return why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], _DTYPES)
+
+
+_inputs = Op(
+    coalition_inputs_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu)],
+)

@@ -1,0 +1,7 @@
+#include "cpu/coalition_inputs_kernel.h"
+
+namespace microtome::cpu {
+
+const CoalitionKernels kCoalitionAvx2 = kKernels;
+
+}  // namespace microtome::cpu
