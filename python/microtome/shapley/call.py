@@ -122,6 +122,14 @@ def as_function(op: str, f: Any) -> tuple[Callable[[Any], Any], str]:
     return f, "torch" if isinstance(owner, nn.Module) else "same"
 
 
+def parameter_of(f: Any) -> Tensor | None:
+    """The first floating parameter of a torch module, or of the module that a method belongs to."""
+    owner = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        return None
+    return next((a for a in owner.parameters() if a.is_floating_point()), None)
+
+
 def check_deterministic(op: str, first: Tensor, second: Tensor) -> None:
     """Raise ArgumentError if two answers to the same rows differ by more than rounding."""
     apart = float((first - second).abs().max()) if first.numel() else 0.0

@@ -22,13 +22,16 @@ class Rows:
         x: [e, ...] or, for one row of a table, [m]: a tensor, an array, a DataFrame or a list.
         background: [n, ...] or [m], of the same kind.
         wants: "torch", "numpy" or "same": what the model takes (call.as_function).
+        like: a parameter of the model; rows of real numbers get its dtype, all rows its device.
 
     Attributes:
         x, background: [e, m] and [n, m].
         columns: m names.
     """
 
-    def __init__(self, op: str, x: Any, background: Any, wants: str) -> None:
+    def __init__(
+        self, op: str, x: Any, background: Any, wants: str, like: Tensor | None = None
+    ) -> None:
         self.frame = hasattr(x, "columns") and hasattr(x, "iloc")
         self.columns, self._pools, self._index = (), None, None
         if self.frame:
@@ -52,6 +55,8 @@ class Rows:
         if isinstance(x, np.ndarray) and x.dtype == object:
             x, background = self._pool(x, background)
         x, background = torch.as_tensor(x), torch.as_tensor(background)
+        if like is not None and self._pools is None:
+            x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         if x.dtype != background.dtype:
             background = background.to(x.dtype)
         self.x = x.reshape(x.shape[0], -1)
