@@ -89,7 +89,7 @@ def as_tensor(out: Any, name: str) -> Tensor:
     if isinstance(out, Tensor):
         return out.detach().to("cpu", torch.float64)
     try:
-        return torch.from_numpy(np.ascontiguousarray(out, dtype=np.float64))
+        return torch.from_numpy(np.array(out, dtype=np.float64))  # a copy: pandas' are read-only
     except (TypeError, ValueError) as error:
         msg = (
             f"{name} must return numbers (a tensor, an array or a list of them), got "

@@ -118,4 +118,5 @@ def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
         a = np.asarray(a)
+        a = a if a.flags.writeable else a.copy()  # torch warns of a read-only array
     return a[None] if a.ndim == 1 else a
