@@ -19,6 +19,7 @@
 #include "cpu/sae_loss.h"
 #include "cpu/sae_update.h"
 #include "cpu/screen_weights.h"
+#include "cpu/shapley_reduce.h"
 #include "cpu/sparse_decode.h"
 #include "cpu/topk_encode.h"
 
@@ -156,6 +157,7 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("swap_key_attention", &bind_swap_key_attention, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);
     m.def("screen_weights", &cpu::screen_weights, nogil);
+    m.def("shapley_reduce", &cpu::shapley_reduce, nogil);
     m.def("topk_encode", &bind_topk_encode, nogil);
     m.def("sparse_decode", &cpu::sparse_decode, nogil);
     m.def("sparse_decode_grad_values", &cpu::sparse_decode_grad_values, nogil);

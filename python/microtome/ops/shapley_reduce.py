@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.errors import ShapeError
-from microtome.ops._registry import Op, demanded_backend
+from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -123,4 +123,25 @@ def _fake(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-_reduce = Op(shapley_reduce_reference, fake=_fake)
+def _cpu_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    (e, S, U, A, _, o), p = values.shape, ranks.shape[3]
+    values, places = values.contiguous(), _native.saturated(ranks)
+    mean, m2 = (torch.empty(e, S, p, o, dtype=torch.float64) for _ in range(2))
+    bad = _native.module().shapley_reduce(
+        values.dtype == torch.float64, values.data_ptr(), places.data_ptr(), e, S, U, A, p, o,
+        paired, mean.data_ptr(), m2.data_ptr(), _native.forced_isa(), _native.threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        check_ranks(ranks)
+    return mean, m2
+
+
+def _why_not_cpu(values: Tensor, ranks: Tensor, paired: bool) -> str | None:
+    return why_not_common("cpu", (values, ranks), _FLOATS)
+
+
+_reduce = Op(
+    shapley_reduce_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu)],
+)
