@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/isa.h"
 #include "common/pages.h"
@@ -13,6 +14,7 @@
 #include "cpu/cascade_attention.h"
 #include "cpu/coalition_inputs.h"
 #include "cpu/delta_linear.h"
+#include "cpu/mlp_shapley.h"
 #include "cpu/pack_weights.h"
 #include "cpu/packed_linear.h"
 #include "cpu/patch_rows.h"
@@ -136,6 +138,21 @@ cpu::Problem bind_swap_key_attention(const View& z, const View& lse, const View&
                                    isa, threads);
 }
 
+int64_t bind_mlp_shapley(Address x, Address background, Address ranks, const std::array<int64_t, 7>& sizes,
+                         const std::vector<std::array<int64_t, 5>>& weights, const std::vector<Address>& biases,
+                         const std::vector<int>& activations, Address player, bool paired, bool half, Address mean,
+                         Address m2, const std::string& isa, int threads) {
+    const auto [e, n, m, S, U, A, p] = sizes;
+    std::vector<cpu::MlpWeights> layers;
+    for (const auto& [data, o, i, row, column] : weights) {
+        layers.push_back({static_cast<Address>(data), o, i, row, column});
+    }
+    return cpu::mlp_shapley(
+        {at<const float>(x), at<const float>(background), at<const int32_t>(ranks), e, n, m, S, U, A, p, layers, biases,
+         activations, at<const int32_t>(player), paired, half, at<double>(mean), at<double>(m2)},
+        isa, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_ext, m) {
@@ -153,6 +170,7 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("cascade_attention", &bind_cascade_attention, nogil);
     m.def("coalition_inputs", &bind_coalition_inputs, nogil);
+    m.def("mlp_shapley", &bind_mlp_shapley, nogil);
     m.def("patch_rows", &bind_patch_rows, nogil);
     m.def("swap_key_attention", &bind_swap_key_attention, nogil);
     m.def("sae_update", &cpu::sae_update, nogil);

@@ -1,10 +1,8 @@
 #include "common/panels.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "common/buffer.h"
 #include "common/cache.h"
 #include "common/parallel.h"
 
@@ -28,18 +26,6 @@ int64_t row_parts(int64_t T, int64_t panels, const PanelKernels& kernels, int64_
         if (least < 0 || cost < least) best = parts, least = cost;
     }
     return best;
-}
-
-struct Free {
-    void operator()(char* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-Buffer aligned(int64_t bytes) {
-    constexpr int64_t kPage = 4096;
-    char* p = static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(ceil_div(bytes, kPage) * kPage)));
-    if (!p) throw std::bad_alloc();
-    return Buffer(p);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Widened {
         bf16 rounded[16];
         float* out = reinterpret_cast<float*>(line);
         for (int c = 0; c < 16; c += kWidth) {
-            store(rounded + c, difference(x + c, base + c, n - c));
+            store(rounded + c, difference(x + c, base ? base + c : nullptr, n - c));
             store(out + c, load(rounded + c));
         }
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.ops._mlp_shapley_inputs import (
     ACTIVATIONS,
     ELU,
@@ -26,8 +26,9 @@ from microtome.ops._mlp_shapley_inputs import (
     check_model,
     check_player,
     check_ranks,
+    raise_order,
 )
-from microtome.ops._registry import Op
+from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops.pack_weights import FLOATS
 
 __all__ = [
@@ -237,4 +238,66 @@ def _fake(
     return mean, torch.empty_like(mean)
 
 
-_shapley = Op(mlp_shapley_reference, fake=_fake)
+def _cpu(
+    x: Tensor,
+    background: Tensor,
+    ranks: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activations: list[int],
+    player: Tensor | None,
+    paired: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Walk by walk in C++, csrc/cpu/mlp_shapley.cpp."""
+    x, background, biases = (
+        x.contiguous(),
+        background.contiguous(),
+        [b.contiguous() for b in biases],
+    )
+    orders = _native.saturated(ranks)
+    columns = None if player is None else player.to(torch.int32).contiguous()
+    (e, m), n, (S, U, A, p) = x.shape, background.shape[0], ranks.shape
+    mean = torch.empty(e, S, p, weights[-1].shape[0], dtype=torch.float64)
+    m2 = torch.empty_like(mean)
+    bad = _native.module().mlp_shapley(
+        x.data_ptr(),
+        background.data_ptr(),
+        orders.data_ptr(),
+        (e, n, m, S, U, A, p),
+        [(W.data_ptr(), *W.shape, *W.stride()) for W in weights],
+        [b.data_ptr() if b.numel() else 0 for b in biases],
+        activations,
+        _native.address(columns),
+        paired,
+        precision == "bf16",
+        mean.data_ptr(),
+        m2.data_ptr(),
+        _native.forced_isa(),
+        _native.threads(),
+    )
+    if bad >= 0:
+        raise_order("mlp_shapley", ranks, bad)
+    return mean, m2
+
+
+def _why_not_cpu(
+    x: Tensor,
+    background: Tensor,
+    ranks: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activations: list[int],
+    player: Tensor | None,
+    paired: bool,
+    precision: str,
+) -> str | None:
+    floats = [x, background, *weights, *biases]
+    return why_not_common("cpu", [*floats, ranks, player], (torch.float32,))
+
+
+_shapley = Op(
+    mlp_shapley_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+)

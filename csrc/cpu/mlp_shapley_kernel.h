@@ -1,0 +1,308 @@
+// The loops of mlp_shapley, compiled once per instruction set; simd.h has the rules of such files.
+//
+// The rows of a sliver are neighbours of a walk. While it takes its steps, the first layer's sums of a few panels stay
+// in registers: a step adds one row of `gains` and writes the activations where the next product wants them. Slivers
+// pass from layer to layer as in panel_kernel.h. After a ReLU, entries that are zero in all rows of a sliver are left
+// out of the product: as its rows are neighbours, these are nearly as many as in a single row.
+#pragma once
+
+#include "common/activations.h"
+#include "common/panel_listed.h"
+#include "cpu/mlp_shapley.h"
+#include "cpu/packed_linear_kernel.h"
+
+namespace microtome::cpu {
+namespace {
+
+constexpr int64_t kTile = 4;  // slivers that pass a panel while it is in the first-level cache
+#if defined(__AVX512F__)
+constexpr int kGroups = 4;  // panels of sums that a walk keeps in registers
+#else
+constexpr int kGroups = 1;
+#endif
+
+inline int64_t panels_of(int64_t width) { return (width + kPanelLanes - 1) / kPanelLanes; }
+inline int64_t padded(int64_t width) { return panels_of(width) * kPanelLanes; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Where rows go, a line at a time: lines + r * row + c * line, in bytes. seen [lines], where it is wanted, gets a bit
+// for each entry of four bytes that is not zero in every row.
+struct Sink {
+    char* lines;
+    int64_t row, line;
+    uint16_t* seen;
+};
+
+struct Scratch {
+    float *start, *gains, *state, *rows, *sums;
+    char* lines[2];
+    uint16_t* seen[2];
+    int32_t* list;
+};
+
+// The buffers of a thread one after another from `memory` on; returns their end. widest: outputs of a layer.
+template <class Level>
+char* divide(const Mlp& mlp, char* memory, Scratch& s) {
+    const auto take = [&memory](int64_t bytes) {
+        char* at = memory;
+        memory += (bytes + kLine - 1) / kLine * kLine;
+        return at;
+    };
+    const auto floats = [&take](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
+    const int64_t first = padded(mlp.first_outputs), rows = kTile * Level::kRows;
+    int64_t widest = first;
+    for (int64_t l = 0; l < mlp.middles; ++l) widest = larger(widest, padded(mlp.middle[l].outputs));
+    s.start = floats(first);
+    s.gains = floats(first * (mlp.p + 1));
+    s.state = floats(first);
+    s.rows = floats(rows * larger(first, padded(mlp.last_inputs)));
+    s.sums = floats(Level::kRows * kPanelLanes);
+    for (int j = 0; j < 2; ++j) {
+        s.lines[j] = take(rows * Level::row_bytes(widest) + kPanelSlack);
+        s.seen[j] = reinterpret_cast<uint16_t*>(take(kTile * (widest / 16) * 2));
+    }
+    s.list = reinterpret_cast<int32_t*>(take(kTile * (widest + 16) * 4));
+    return memory;
+}
+
+// One line of one row. The compiler keeps `values` in registers.
+template <int code, class Format>
+inline void put(const vf* h, char* line, vf (&seen)[kParts]) {
+    alignas(64) float values[Format::line_columns];
+    for (int v = 0; v < Format::line_columns / kWidth; ++v) store(values + v * kWidth, activate<code>(h[v]));
+    Format::pack(line, values, nullptr, Format::line_columns);
+    const float* entries = reinterpret_cast<const float*>(line);
+    for (int part = 0; part < kParts; ++part) seen[part] = either(seen[part], load(entries + part * kWidth));
+}
+
+// Panels [panel, panel + G) of the first layer in `count` steps of a walk.
+template <int code, class Format, int G>
+inline void walk_panels(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_t count, int64_t panel,
+                        Sink to) {
+    constexpr int kVectors = kPanelLanes / kWidth, kLines = G * kPanelLanes / Format::line_columns;
+    const float* start = s.start + panel * kPanelLanes;
+    const float* gains = s.gains + panel * (mlp.p + 1) * kPanelLanes;
+    float* state = s.state + panel * kPanelLanes;
+    const int64_t first_line = panel * kPanelLanes / Format::line_columns;
+    vf h[G * kVectors], seen[kLines][kParts];
+    for (int v = 0; v < G * kVectors; ++v) h[v] = load(state + v * kWidth);
+    for (int l = 0; l < kLines; ++l) {
+        for (int part = 0; part < kParts; ++part) seen[l][part] = zero();
+    }
+    char* row = to.lines + first_line * to.line;
+    for (int64_t r = 0; r < count; ++r, row += to.row) {
+        if (steps[r].anew) {
+            for (int v = 0; v < G * kVectors; ++v) h[v] = load(start + v * kWidth);
+        }
+        const float* gain = gains + steps[r].player * kPanelLanes;
+        for (int g = 0; g < G; ++g, gain += (mlp.p + 1) * kPanelLanes) {
+            for (int v = 0; v < kVectors; ++v) h[g * kVectors + v] = add(h[g * kVectors + v], load(gain + v * kWidth));
+        }
+        for (int l = 0; l < kLines; ++l) {
+            put<code, Format>(h + l * (Format::line_columns / kWidth), row + l * to.line, seen[l]);
+        }
+    }
+    for (int v = 0; v < G * kVectors; ++v) store(state + v * kWidth, h[v]);
+    if (!to.seen) return;
+    for (int l = 0; l < kLines; ++l) to.seen[first_line + l] = static_cast<uint16_t>(nonzero(seen[l]));
+}
+
+template <int code, class Format, int G = kGroups>
+void walk(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_t count, int64_t panel, Sink to) {
+    const int64_t end = panels_of(mlp.first_outputs);
+    for (; panel + G <= end; panel += G) walk_panels<code, Format, G>(mlp, s, steps, count, panel, to);
+    if constexpr (G > 1) walk<code, Format, G / 2>(mlp, s, steps, count, panel, to);
+}
+
+// Rows of `to`, columns of one panel: the activation of rows [count, stride] + bias [32].
+template <int code, class Format>
+void emit(const float* rows, int64_t stride, const float* bias, int64_t count, int64_t panel, Sink to) {
+    constexpr int kVectors = kPanelLanes / kWidth, kLines = kPanelLanes / Format::line_columns;
+    const int64_t first_line = panel * kLines;
+    vf b[kVectors], seen[kLines][kParts];
+    for (int v = 0; v < kVectors; ++v) b[v] = load(bias + v * kWidth);
+    for (int l = 0; l < kLines; ++l) {
+        for (int part = 0; part < kParts; ++part) seen[l][part] = zero();
+    }
+    char* row = to.lines + first_line * to.line;
+    for (int64_t r = 0; r < count; ++r, rows += stride, row += to.row) {
+        vf h[kVectors];
+        for (int v = 0; v < kVectors; ++v) h[v] = add(load(rows + v * kWidth), b[v]);
+        for (int l = 0; l < kLines; ++l) {
+            put<code, Format>(h + l * (Format::line_columns / kWidth), row + l * to.line, seen[l]);
+        }
+    }
+    if (!to.seen) return;
+    for (int l = 0; l < kLines; ++l) to.seen[first_line + l] = static_cast<uint16_t>(nonzero(seen[l]));
+}
+
+template <class Format, int code = 0>
+inline void emit_any(int wanted, const float* rows, int64_t stride, const float* bias, int64_t count, int64_t panel,
+                     const Sink& to) {
+    if (wanted == code) return emit<code, Format>(rows, stride, bias, count, panel, to);
+    if constexpr (code + 1 < kActivations) {
+        emit_any<Format, code + 1>(wanted, rows, stride, bias, count, panel, to);
+    }
+}
+
+// Plain rows, a line of sixteen floats after another.
+inline Sink plain_rows(float* rows, int64_t width) {
+    return {reinterpret_cast<char*>(rows), width * 4, kLine, nullptr};
+}
+
+// The first layer of a sliver: into `to`, or where `to` is plain rows, or for a lack of registers, through plain rows.
+template <class Format>
+void first_layer(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_t count, float* rows, const Sink& to) {
+    if (mlp.first_activation == kRelu) return walk<kRelu, Format>(mlp, s, steps, count, 0, to);
+    const int64_t width = padded(mlp.first_outputs);
+    walk<kIdentity, Float32>(mlp, s, steps, count, 0, plain_rows(rows, width));
+    if (mlp.first_activation == kIdentity && reinterpret_cast<char*>(rows) == to.lines) return;
+    alignas(64) const float none[kPanelLanes] = {};
+    for (int64_t panel = 0; panel < width / kPanelLanes; ++panel) {
+        emit_any<Format>(mlp.first_activation, rows + panel * kPanelLanes, width, none, count, panel, to);
+    }
+}
+
+// values [count, o] = the last layer of rows [count, inputs].
+inline void last_layer(const Mlp& mlp, const float* rows, int64_t count, float* values) {
+    const int64_t width = padded(mlp.last ? mlp.last_inputs : mlp.o);
+    for (int64_t r = 0; r < count; ++r, rows += width) {
+        for (int64_t j = 0; j < mlp.o; ++j) {
+            values[r * mlp.o + j] = mlp.last ? dot(rows, mlp.last + j * width, width) + mlp.last_bias[j] : rows[j];
+        }
+    }
+}
+
+template <int code = 0>
+inline void activate_all(int wanted, float* values, int64_t count) {
+    if (wanted == code) {
+        int64_t i = 0;
+        for (; i + kWidth <= count; i += kWidth) store(values + i, activate<code>(load(values + i)));
+        if (i < count) store_n(values + i, activate<code>(load_n(values + i, count - i)), count - i);
+    } else if constexpr (code + 1 < kActivations) {
+        activate_all<code + 1>(wanted, values, count);
+    }
+}
+
+// Panel: how an entry meets the weights where entries may be left out, void where the level cannot.
+template <class Level, class Panel>
+struct MlpLevel {
+    static int64_t scratch_bytes(const Mlp& mlp) {
+        Scratch s;
+        char* const from = reinterpret_cast<char*>(kLine);  // any address: nothing is read or written
+        return divide<Level>(mlp, from, s) - from;
+    }
+
+    static void prepare(const Mlp& mlp, const float* x, const float* b, char* memory) {
+        Scratch s;
+        divide<Level>(mlp, memory, s);
+        constexpr int kVectors = kPanelLanes / kWidth;
+        for (int64_t panel = 0; panel < panels_of(mlp.first_outputs); ++panel) {
+            const float* W = mlp.first + panel * mlp.m * kPanelLanes;
+            float* gain = s.gains + panel * (mlp.p + 1) * kPanelLanes;
+            vf h[kVectors];
+            for (int v = 0; v < kVectors; ++v) h[v] = load(mlp.first_bias + panel * kPanelLanes + v * kWidth);
+            for (int64_t g = -1; g < mlp.p; ++g) {
+                vf sum[kVectors];
+                for (int v = 0; v < kVectors; ++v) sum[v] = zero();
+                for (int64_t k = mlp.begin[g + 1]; k < mlp.begin[g + 2]; ++k) {
+                    const int64_t c = mlp.column[k];
+                    const vf before = set1(g < 0 ? x[c] : b[c]), change = set1(x[c] - b[c]);
+                    for (int v = 0; v < kVectors; ++v) {
+                        const vf w = load(W + c * kPanelLanes + v * kWidth);
+                        h[v] = fma(before, w, h[v]);
+                        sum[v] = fma(change, w, sum[v]);
+                    }
+                }
+                if (g < 0) continue;
+                for (int v = 0; v < kVectors; ++v) store(gain + g * kPanelLanes + v * kWidth, sum[v]);
+            }
+            for (int v = 0; v < kVectors; ++v) {
+                store(gain + mlp.p * kPanelLanes + v * kWidth, zero());
+                store(s.start + panel * kPanelLanes + v * kWidth, h[v]);
+            }
+        }
+    }
+
+    static void evaluate(const Mlp& mlp, const WalkStep* steps, int64_t count, char* memory, float* values) {
+        Scratch s;
+        divide<Level>(mlp, memory, s);
+        const int64_t most = kTile * Level::kRows, tiles = (count + most - 1) / most;
+        const int64_t width = mlp.last ? padded(mlp.last_inputs) : padded(mlp.o);
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t from = part_start(count, t, tiles, Level::kGranule);
+            const int64_t rows = part_start(count, t + 1, tiles, Level::kGranule) - from;
+            const int64_t slivers = (rows + Level::kRows - 1) / Level::kRows;
+            for (int64_t v = 0; v < slivers; ++v) {
+                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
+                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
+                if (mlp.middles) {
+                    first_layer<Level>(mlp, s, steps + from + at, n, s.rows, sink(mlp, s, 0, v, at, n));
+                } else {
+                    float* plain = s.rows + at * width;
+                    first_layer<Float32>(mlp, s, steps + from + at, n, plain, plain_rows(plain, width));
+                }
+            }
+            for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, rows, slivers);
+            last_layer(mlp, s.rows, rows, values + from * mlp.o);
+        }
+        if (mlp.last) activate_all(mlp.last_activation, values, count * mlp.o);
+    }
+
+  private:
+    static constexpr bool kLists = Panel::kEntries == 1;
+
+    // Where sliver v, `count` rows from row `at` of the tile, stands as the input of middle layer l.
+    static Sink sink(const Mlp& mlp, const Scratch& s, int64_t l, int64_t v, int64_t at, int64_t count) {
+        const MiddleLayer& layer = mlp.middle[l];
+        uint16_t* seen = s.seen[l % 2] + v * (padded(layer.inputs) / 16);
+        return {s.lines[l % 2] + at * Level::row_bytes(padded(layer.inputs)), kLine, count * kLine,
+                kLists && layer.skips ? seen : nullptr};
+    }
+
+    static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, int64_t rows, int64_t slivers) {
+        const MiddleLayer& layer = mlp.middle[l];
+        const bool last = l + 1 == mlp.middles, listed = kLists && layer.skips;
+        const int64_t inputs = padded(layer.inputs), outputs = padded(layer.outputs), stride = inputs + 16;
+        int64_t counts[kTile];
+        for (int64_t v = 0; v < slivers && listed; ++v) {
+            counts[v] =
+                list_bits(s.seen[l % 2] + v * (inputs / 16), Level::row_bytes(inputs) / kLine, s.list + v * stride);
+        }
+        for (int64_t panel = 0; panel < outputs / kPanelLanes; ++panel) {
+            const char* weights = static_cast<const char*>(layer.packed) + panel * Level::panel_bytes(layer.inputs);
+            for (int64_t v = 0; v < slivers; ++v) {
+                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
+                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
+                const char* lines = s.lines[l % 2] + at * Level::row_bytes(inputs);
+                if constexpr (kLists) {
+                    if (listed) multiply_listed<Panel>(n, lines, weights, s.list + v * stride, counts[v], s.sums);
+                }
+                if (!listed) {
+                    Ahead nothing = {weights, 0};
+                    Level::multiply(n, lines, weights, layer.inputs, nothing, s.sums);
+                }
+                const float* bias = layer.bias + panel * kPanelLanes;
+                if (last) {
+                    emit_any<Float32>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
+                                      plain_rows(s.rows + at * outputs, outputs));
+                } else {
+                    emit_any<Level>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
+                                    sink(mlp, s, l + 1, v, at, n));
+                }
+            }
+        }
+    }
+};
+
+// Where no entry is left out.
+struct Dense {
+    static constexpr int kEntries = 0;
+};
+
+template <class Level, class Panel>
+constexpr MlpKernels kMlpKernels = {MlpLevel<Level, Panel>::scratch_bytes, MlpLevel<Level, Panel>::prepare,
+                                    MlpLevel<Level, Panel>::evaluate};
+
+}  // namespace
+}  // namespace microtome::cpu
