@@ -73,8 +73,8 @@ def permutation(
         link: "identity", "logit", or a function: explains link(mean over background of f); other
             links than the identity need shared=True.
         precision: of the white-box path of multilayer perceptrons: "auto", "fp32" or "bf16".
-            "auto" takes bf16 products where the processor has them and the shift they cause, which
-            is measured, stays far below the standard error (mlp.py).
+            "auto" takes bf16 products where the processor has AMX and the shift they cause, which
+            is measured, stays far below the standard error; the note says so (mlp.py).
         memory: bytes of rows in one call of f.
         check: call f twice on x to find out whether it is deterministic.
         progress: show a progress bar, if it takes longer than a second.
