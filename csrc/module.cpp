@@ -12,6 +12,7 @@
 #include "common/pages.h"
 #include "cpu/attribution_scores.h"
 #include "cpu/cascade_attention.h"
+#include "cpu/coalition_gram.h"
 #include "cpu/coalition_inputs.h"
 #include "cpu/delta_linear.h"
 #include "cpu/mlp_shapley.h"
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_native_ext, m) {
     });
     m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("cascade_attention", &bind_cascade_attention, nogil);
+    m.def("coalition_gram", &cpu::coalition_gram, nogil);
     m.def("coalition_inputs", &bind_coalition_inputs, nogil);
     m.def("mlp_shapley", &bind_mlp_shapley, nogil);
     m.def("patch_rows", &bind_patch_rows, nogil);

@@ -19,7 +19,10 @@ namespace microtome::test {
     X(attention_reads_the_right_keys_at_every_level)         \
     X(one_swapped_key_answers_as_a_whole_run_at_every_level) \
     X(patches_land_where_the_table_says)                     \
-    X(attribution_scores_are_right_at_every_level)
+    X(attribution_scores_are_right_at_every_level)           \
+    X(coalition_inputs_are_right_at_every_level)             \
+    X(walks_are_reduced_at_every_level)                      \
+    X(coalitions_are_summed_at_every_level)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)

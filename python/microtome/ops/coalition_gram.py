@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _check, _native
 from microtome.errors import ShapeError
-from microtome.ops._registry import Op
+from microtome.ops._registry import Backend, Op, why_not_common
 
 _BLOCK = 1024  # coalitions whose bits the reference spreads at a time
 _MOST = 1 << 20  # players: beyond, the Gram matrix alone is 8 TB
@@ -107,4 +107,24 @@ def _fake(coalitions: Tensor, weights: Tensor, values: Tensor, p: int) -> tuple[
     )
 
 
-_gram = Op(coalition_gram_reference, fake=_fake)
+def _cpu_gram(coalitions: Tensor, weights: Tensor, values: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    (K, w), g, (e, _, o) = coalitions.shape, weights.shape[0], values.shape
+    tensors = [t.contiguous() for t in (coalitions, weights, values)]
+    gram = torch.empty(g, p + 1, p + 1, dtype=torch.float64)
+    moments = torch.empty(e, p + 1, o, dtype=torch.float64)
+    _native.module().coalition_gram(
+        *(t.data_ptr() for t in tensors), K, w, g, e, o, p, gram.data_ptr(), moments.data_ptr(),
+        _native.forced_isa(), _native.threads(),
+    )  # fmt: skip
+    return gram, moments
+
+
+def _why_not_cpu(coalitions: Tensor, weights: Tensor, values: Tensor, p: int) -> str | None:
+    return why_not_common("cpu", (coalitions, weights, values), (torch.float64,))
+
+
+_gram = Op(
+    coalition_gram_reference,
+    fake=_fake,
+    backends=[Backend("cpu", f"{__name__}:_cpu_gram", _why_not_cpu)],
+)
