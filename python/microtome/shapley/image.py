@@ -26,7 +26,7 @@ def image_game(
     f: Any,
     image: Any,
     *,
-    segments: None | int | str | np.ndarray | Tensor | Callable[[np.ndarray], Any] = None,
+    segments: int | str | np.ndarray | Tensor | Callable[[np.ndarray], Any] | None = None,
     background: str | float | np.ndarray | Tensor = "blur",
     channels_last: bool | None = None,
     memory: int = MEMORY,

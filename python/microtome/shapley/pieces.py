@@ -12,7 +12,7 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError
 
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*")
+_WORD = re.compile(r"\w+(?:['\u2019\-]\w+)*")
 _MARKS = ("##", "▁", "Ġ", "@@", "</w>")  # how tokenizers write that a token starts or ends a word
 
 Span = tuple[int, int]

@@ -118,5 +118,5 @@ def _frame_array(op: str, frame: Any, columns: Any, same: bool) -> np.ndarray:
 def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
-        a = np.asarray(a)
+        a = np.require(a, requirements="W")  # torch warns of arrays that nobody may write to
     return a[None] if a.ndim == 1 else a

@@ -73,7 +73,9 @@ def series_game(
         raise ArgumentError(msg)
     named = tuple(map(str, channels)) if channels is not None else tuple(map(str, range(c)))
     starts, ends = bounds[:-1], bounds[1:]
-    stretches = [str(s) if e == s + 1 else f"{s}-{e - 1}" for s, e in zip(starts, ends, strict=True)]
+    stretches = [
+        str(s) if e == s + 1 else f"{s}-{e - 1}" for s, e in zip(starts, ends, strict=True)
+    ]
     which = np.repeat(np.arange(len(stretches)), np.diff(bounds))[:, None]  # [t, 1]
     if per_channel:
         which = np.arange(c) * len(stretches) + which

@@ -294,7 +294,9 @@ def _players(text: str, pieces: Pieces, outputs: tuple[str, ...]) -> Players:
 def _mask_token(tokenizer: Any) -> str | None:
     found = getattr(tokenizer, "mask_token", None)
     if found is None and hasattr(tokenizer, "token_to_id"):
-        found = next((m for m in ("[MASK]", "<mask>") if tokenizer.token_to_id(m) is not None), None)
+        found = next(
+            (m for m in ("[MASK]", "<mask>") if tokenizer.token_to_id(m) is not None), None
+        )
     return found
 
 
