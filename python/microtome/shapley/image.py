@@ -83,8 +83,8 @@ def image_game(
         return a if last else np.moveaxis(a, -1, -3)
 
     whose = layout(np.broadcast_to(numbered[:, :, None], array.shape))
-    player = torch.from_numpy(np.ascontiguousarray(whose).reshape(-1))
-    back = torch.from_numpy(np.ascontiguousarray(layout(rows)))
+    player = torch.tensor(np.ascontiguousarray(whose).reshape(-1))
+    back = torch.tensor(np.ascontiguousarray(layout(rows)))
     if isinstance(image, Tensor):
         x: Any = image.detach()[None]
         b: Any = back.to(image.dtype)

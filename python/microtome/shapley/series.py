@@ -84,7 +84,7 @@ def series_game(
         which = np.repeat(which, c, 1)
         names = tuple(stretches)
     which = which[:, 0] if raw.ndim == 1 else which.T if time_last else which
-    player = torch.from_numpy(np.ascontiguousarray(which, dtype=np.int32).reshape(-1))
+    player = torch.tensor(np.ascontiguousarray(which, dtype=np.int32).reshape(-1))
     view = {"series": seen, "bounds": bounds, "channels": named, "per_channel": per_channel}
     rows = _background(op, background, raw, time_last)
     return InputGame(

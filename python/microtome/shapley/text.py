@@ -203,7 +203,7 @@ def _of_texts(op: str, f: Any, batch: int) -> tuple[Callable[[list[str]], Any], 
         function, _ = as_function(op, f)
         named = getattr(f, "classes_", ()) if hasattr(f, "predict_proba") else ()
         return function, tuple(map(str, named))
-    if f.task not in ("text-classification", "sentiment-analysis"):
+    if f.task not in ("", "text-classification", "sentiment-analysis"):
         msg = (
             f"{op}: a pipeline must be one for text-classification, got one for {f.task!r}. Wrap "
             "it in a function from a list of texts to numbers."

@@ -138,9 +138,7 @@ def number(value: Any, *, sign: bool = False) -> str:
     if value == int(value) and abs(value) < 1e6 and not sign:
         text = str(int(value))
     else:
-        text = f"{value:.3g}"
-        if "e" not in text and abs(value) >= 1000:
-            text = f"{value:.0f}"
+        text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     if sign and value > 0:
         text = f"+{text}"
     return text.replace("-", "\u2212")  # a minus, not a hyphen
