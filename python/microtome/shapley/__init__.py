@@ -1,5 +1,6 @@
 """Shapley values of inputs and of a model's own parts: exact, sampled, in closed form."""
 
+from microtome.shapley import plots
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.image import image_game
 from microtome.shapley.inputs import InputGame
@@ -18,6 +19,7 @@ __all__ = [
     "explain_text",
     "image_game",
     "permutation",
+    "plots",
     "series_game",
     "text_game",
 ]

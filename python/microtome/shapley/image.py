@@ -38,9 +38,9 @@ def image_game(
         f: takes images [R, ...] of the image's own layout, kind and dtype; returns [R] or [R, o].
         image: [h, w], [h, w, c] or [c, h, w], an array, a tensor, or a PIL image.
         segments: who plays. A number of superpixels, about 64 by default: found by scikit-image's
-            SLIC where it is installed, else cells of a grid. "slic" or "grid" says which. Or
-            [h, w] integers, the superpixel of every pixel (pixels of negative numbers are always
-            there), or a function from the image [h, w, c] to them.
+            SLIC where it is installed and finds at least a quarter of them, else cells of a grid.
+            "slic" or "grid" says which. Or [h, w] integers, the superpixel of every pixel (pixels
+            of negative numbers are always there), or a function from the image [h, w, c] to them.
         background: "blur", "mean" (one colour), "segments" (the mean colour of each), a number, a
             colour [c], an image like `image`, or several, [n, ...].
         channels_last: where the channels are. By default last in arrays and first in tensors,
@@ -134,7 +134,10 @@ def _segments(op: str, segments: Any, array: np.ndarray) -> np.ndarray:
             msg = f"{op}: segments must be at least 1 superpixel, got segments={count}."
             raise ArgumentError(msg)
         found = None if how == "grid" else _slic(op, array, count, demanded=how == "slic")
-        return grid(h, w, count) if found is None else found
+        # SLIC joins what it cannot tell apart: noise and plain colour end as a single superpixel.
+        if found is None or (how == "auto" and 4 * len(np.unique(found)) < count):
+            return grid(h, w, count)
+        return found
     found = segments(array) if callable(segments) else segments
     found = found.cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
     if found.shape != (h, w) or found.dtype.kind not in "biu":

@@ -23,6 +23,7 @@ _WIDER = (
     "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "WenQuanYi Micro Hei",
     "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Segoe UI Emoji", "Symbola",
 )  # fmt: skip
+_ROUNDING = 1e-9  # of the largest value: standard errors below are those of a float64 sum
 CUT = 28  # letters of a name that are shown
 ERRORS = 2.0  # standard errors to each side of an error bar
 
@@ -75,8 +76,8 @@ def choose(op: str, result: Any, row: int | None, output: int | str | None) -> C
         raise ArgumentError(msg)
     shown = result.players.shown
     shown = shown if shown is None or isinstance(shown, np.ndarray) else array(shown)
-    exact = not bool(np.nan_to_num(stderr).any())
     stderr = np.nan_to_num(stderr)
+    exact = float(stderr.max(initial=0)) <= _ROUNDING * float(np.nanmax(np.abs(values), initial=0))
     if row is not None:
         if not 0 <= row < len(values):
             msg = f"{op}: row must be between 0 and {len(values) - 1}, got row={row}."
@@ -267,5 +268,5 @@ def boxes_for_letters() -> Iterator[None]:
 
 def scale_words(chosen: Chosen, what: str) -> str:
     """The label of the value axis."""
-    text = what if not chosen.output else f"{what} on {chosen.output}"
+    text = ", ".join(filter(None, (what, chosen.output)))
     return text if chosen.exact else f"{text}   (bars: ±{ERRORS:g} standard errors)"

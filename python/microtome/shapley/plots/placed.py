@@ -59,6 +59,8 @@ def image(
     tall = min(8.0, max(1.6, across * h / w))
     across = tall * w / h
     figure = paper(op, 2 * across + 1.15, tall + 0.62 + (0.3 if title else 0), title, "compressed")
+    from matplotlib.collections import LineCollection
+
     left, right = figure.subplots(1, 2)
     colours = seen[:, :, 0] if seen.shape[2] == 1 else seen
     left.imshow(colours, cmap="gray", vmin=0, vmax=1)
@@ -68,10 +70,8 @@ def image(
         field, cmap=diverging(), vmin=-top, vmax=top,
         alpha=np.sqrt(np.abs(field) / top) * 0.82, interpolation="nearest",
     )  # fmt: skip
-    edges = np.zeros((h, w, 4))
-    edges[..., :3] = 0.15
-    edges[..., 3] = 0.28 * _edges(segments)
-    right.imshow(edges, interpolation="nearest")
+    outlines = LineCollection(_edges(segments), colors=INK, linewidths=0.5, alpha=0.4)
+    right.add_collection(outlines, autolim=False)
     for axes in (left, right):
         axes.set_xticks([])
         axes.set_yticks([])
@@ -79,7 +79,12 @@ def image(
             side.set_visible(False)
     left.set_title(ends(chosen), fontsize=9, loc="left", **as_is(SOFT))
     error = "" if chosen.exact else f", about ±{ERRORS * _rms(chosen.stderr):.2g}"
-    right.set_title(f"{len(chosen.names)} superpixels{error}", fontsize=9, color=SOFT, loc="left")
+    right.set_title(
+        f"{len(chosen.names)} superpixel{'s' * (len(chosen.names) > 1)}{error}",
+        fontsize=9,
+        color=SOFT,
+        loc="left",
+    )
     scale = figure.colorbar(drawn, ax=right, fraction=0.05, pad=0.03, aspect=25)
     scale.outline.set_visible(False)
     scale.ax.tick_params(length=0, labelsize=8, labelcolor=SOFT)
@@ -92,11 +97,12 @@ def _rms(a: np.ndarray) -> float:
 
 
 def _edges(segments: np.ndarray) -> np.ndarray:
-    """[h, w] bool: pixels whose right or lower neighbour is another superpixel's."""
-    out = np.zeros(segments.shape, dtype=bool)
-    out[:, :-1] |= segments[:, 1:] != segments[:, :-1]
-    out[:-1] |= segments[1:] != segments[:-1]
-    return out
+    """[lines, 2, 2]: from (x, y) to (x, y), between neighbouring pixels of two superpixels."""
+    y, x = np.nonzero(segments[:, 1:] != segments[:, :-1])
+    upright = np.stack([x + 0.5, y - 0.5, x + 0.5, y + 0.5], 1)
+    y, x = np.nonzero(segments[1:] != segments[:-1])
+    level = np.stack([x - 0.5, y + 0.5, x + 0.5, y + 0.5], 1)
+    return np.concatenate([upright, level]).reshape(-1, 2, 2)
 
 
 def series(

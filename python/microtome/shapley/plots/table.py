@@ -94,7 +94,7 @@ def bar(
         axes.text(end, i, said, va="center", ha=side, fontsize=8.5, color=INK)
     axes.axvline(0, color=SOFT, linewidth=0.8)
     name_ticks(axes, words)
-    axes.set_xlabel(scale_words(chosen, what))
+    axes.set_xlabel(scale_words(chosen, what), loc="left")
     return save(figure, path)
 
 
@@ -139,9 +139,10 @@ def waterfall(
     figure = paper(op, 7.2, 1.5 + _LINE * len(words), title)
     axes = figure.add_subplot()
     bare(axes)
-    low, high = min(*starts, *ends), max(*starts, *ends)
+    tips = ERRORS * np.array(errors)
+    low, high = min(*starts, *(ends - tips)), max(*starts, *(ends + tips))
     span = (high - low) or 1.0
-    axes.set_xlim(low - 0.16 * span, high + 0.16 * span)
+    axes.set_xlim(low - 0.19 * span, high + 0.17 * span)
     name_ticks(axes, words)
     write = alike(sizes)
     for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
@@ -163,7 +164,7 @@ def waterfall(
         fontsize=9, color=SOFT, path_effects=halo(),
     )  # fmt: skip
     axes.set_ylim(len(words) + 0.25, -0.8)
-    axes.set_xlabel(scale_words(chosen, "model output"))
+    axes.set_xlabel(scale_words(chosen, "model output"), loc="left")
     return save(figure, path)
 
 
@@ -248,7 +249,7 @@ def beeswarm(
     axes.axvline(0, color=SOFT, linewidth=0.8, zorder=1)
     axes.set_xlim(low - 0.04 * span, high + 0.04 * span)
     name_ticks(axes, words)
-    axes.set_xlabel("Shapley value" + (f" on {chosen.output}" if chosen.output else ""))
+    axes.set_xlabel(", ".join(filter(None, ("Shapley value", chosen.output))), loc="left")
     if drawn is not None:
         colours = figure.colorbar(drawn, ax=axes, aspect=55, pad=0.02, fraction=0.03)
         colours.set_ticks([0, 1], labels=["low", "high"])

@@ -14,6 +14,7 @@ from microtome.shapley.plots.canvas import (
     INK,
     NEGATIVE,
     POSITIVE,
+    REST,
     SOFT,
     Chosen,
     alike,
@@ -70,16 +71,14 @@ def text(
     _header(figure, chosen, width, height, 0.62 if title else 0.34)
     y = height - (1.06 if title else 0.78)
     write = alike([*chosen.values, chosen.base, chosen.full])
-    least = sorted(np.abs(chosen.values))[-limit] if limit and limit < len(chosen.values) else 0.0
-    if limit is None:
-        least = 0.1 * top
+    numbered = _numbered(chosen.values, top, limit)
     for line in lines:
         for i, (x, _, said, player) in enumerate(line):
             place = (x / width, y / height)
             figure.text(*place, said, fontsize=_SIZE, va="baseline", zorder=2, **as_is(INK))
             if player >= 0:
                 _ground(figure, line, i, y, chosen.values[player] / top)
-        _numbers(figure, line, (y, width, height), chosen.values, least, write)
+        _numbers(figure, line, (y, width, height), chosen.values, numbered, write)
         y -= _LEADING
     return save(figure, path)
 
@@ -144,6 +143,14 @@ def _pieces(op: str, result: Any) -> list[tuple[str, int]]:
     return [(letters, j) for letters, j in out if letters]
 
 
+def _numbered(values: np.ndarray, top: float, limit: int | None) -> set[int]:
+    """The players whose numbers are to be written."""
+    order = np.argsort(-np.abs(values), kind="stable").tolist()
+    if limit is not None:
+        return set(order[: max(0, limit)])
+    return {j for j in order if abs(values[j]) >= 0.1 * top}
+
+
 def _laid_out(pieces: list[tuple[str, int]], width: float) -> tuple[list[list[_Placed]], float]:
     """Lines of (x, width, letters, player) in inches, broken at white space, and their height."""
     from matplotlib.font_manager import FontProperties
@@ -173,12 +180,30 @@ def _laid_out(pieces: list[tuple[str, int]], width: float) -> tuple[list[list[_P
             x = _MARGIN
             if word[0][0].isspace():
                 word = word[1:]
+        if needed > room - _MARGIN:  # longer than a line: broken wherever the line ends
+            word = [(letter, player) for letters, player in word for letter in letters]
         for letters, player in word:
             wide = measured(letters)
+            if x + wide > room and x > _MARGIN:
+                lines.append([])
+                x = _MARGIN
             if letters.strip():
                 lines[-1].append((x, wide, letters, player))
             x += wide
+    lines = [_joined(line) for line in lines]
     return [line for line in lines if line], _LEADING * max(1, sum(map(bool, lines)))
+
+
+def _joined(line: list[_Placed]) -> list[_Placed]:
+    """The line with touching letters of one player in one piece."""
+    out: list[_Placed] = []
+    for x, wide, letters, player in line:
+        if out and out[-1][3] == player and abs(out[-1][0] + out[-1][1] - x) < 1e-6:
+            start, before, earlier, _ = out.pop()
+            out.append((start, before + wide, earlier + letters, player))
+        else:
+            out.append((x, wide, letters, player))
+    return out
 
 
 def _words(pieces: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
@@ -225,8 +250,8 @@ def _ground(figure: Any, line: list[_Placed], i: int, y: float, share: float) ->
     end = x + wide + (-0.006 if right else 0.018)
     box = FancyBboxPatch(
         (start, y - 0.065), end - start, 0.23, boxstyle="round,pad=0,rounding_size=0.035",
-        facecolor=colour(share), alpha=0.06 + 0.7 * abs(share), linewidth=0, zorder=1,
-        transform=figure.dpi_scale_trans,
+        facecolor=colour(share) if share else REST, alpha=0.06 + 0.7 * abs(share), linewidth=0,
+        zorder=1, transform=figure.dpi_scale_trans,
     )  # fmt: skip
     figure.add_artist(box)
 
@@ -236,7 +261,7 @@ def _numbers(
     line: list[_Placed],
     place: tuple[float, float, float],
     values: np.ndarray,
-    least: float,
+    numbered: set[int],
     write: Callable[[float], str],
 ) -> None:
     """Values below a line's pieces, the largest first; one that another's would cover is left."""
@@ -245,10 +270,9 @@ def _numbers(
     for x, wide, _, player in sorted(line, key=lambda placed: -abs(values[placed[3]])):
         middle, said = x + wide / 2, write(float(values[max(player, 0)]))
         room = 0.062 * len(said)
-        if player < 0 or abs(values[player]) < least:
+        if player not in numbered or any(abs(middle - other) < room for other in taken):
             continue
-        if any(abs(middle - other) < room for other in taken):
-            continue
+        numbered.discard(player)  # a piece on two lines has its number once
         taken.append(middle)
         figure.text(
             middle / width, (y - 0.155) / height, said, fontsize=6.5, ha="center", va="center",
