@@ -118,5 +118,6 @@ def _frame_array(op: str, frame: Any, columns: Any, same: bool) -> np.ndarray:
 def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
-        a = np.require(a, requirements="W")  # torch warns of arrays that nobody may write to
+        a = np.asarray(a)
+        a = a if a.flags.writeable else a.copy()  # torch warns of a read-only array
     return a[None] if a.ndim == 1 else a
