@@ -28,7 +28,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("0.")
 
 
-@pytest.mark.parametrize("page", ["training", "activations", "patching"])
+@pytest.mark.parametrize("page", ["training", "activations", "patching", "shapley"])
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -41,6 +41,11 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
         assert (tmp_path / "resid_pre.png").exists()
         assert names["grid"].shape == names["sweep"].scores.shape == (4, 16)
         assert names["paths"].scores.shape == (4, 2)
+    elif page == "shapley":
+        pictures = {path.stem for path in tmp_path.glob("*.png")}
+        assert pictures == {"swarm", "one", "text", "image", "series"}
+        assert names["phi"].values.shape == (4, 6, 1)
+        assert names["by_group"].values.shape == (4, 2)
     else:
         assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
         assert len(names["held_out"]) == 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import ArgumentError
-from microtome.shapley.call import Outputs
+from microtome.shapley.call import Outputs, check_deterministic
 from microtome.shapley.coalitions import members
 from microtome.shapley.players import Players
 
@@ -62,6 +62,9 @@ class SetGame:
     Args:
         value: takes [K, p] bool (True: the player is in) and returns [K] or [K, o] numbers.
         players: names, or how many.
+        per_call: most coalitions in one call of `value`; None for no limit.
+        check: evaluate the full coalition twice, to find out whether `value` is deterministic.
+        name: what messages call `value`.
 
     Example:
         >>> game = SetGame(lambda inside: inside.sum(1) ** 2, 3)
@@ -74,7 +77,15 @@ class SetGame:
     explicands = 1
     backgrounds = 1
 
-    def __init__(self, value: Callable[[Tensor], Any], players: Players | int) -> None:
+    def __init__(
+        self,
+        value: Callable[[Tensor], Any],
+        players: Players | int,
+        *,
+        per_call: int | None = None,
+        check: bool = False,
+        name: str = "the value function",
+    ) -> None:
         if isinstance(players, int):
             if players < 1:
                 msg = f"SetGame: players must be at least 1, got players={players}."
@@ -82,7 +93,8 @@ class SetGame:
             players = Players(tuple(f"player {j}" for j in range(players)))
         self.players = players
         self.evaluations = 0
-        self._call = Outputs("the value function", value)
+        self.per_call, self.check, self.name = per_call, check, name
+        self._call = Outputs(name, value)
         self._ends: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -94,6 +106,8 @@ class SetGame:
             p = len(self.players)
             both = torch.tensor([False, True])[:, None].expand(2, p).contiguous()
             empty, full = self._run(both)
+            if self.check:
+                check_deterministic(self.name, full, self._run(both[1:])[0])
             self._ends = empty[None, None], full[None]
         return self._ends
 
@@ -103,4 +117,6 @@ class SetGame:
 
     def _run(self, inside: Tensor) -> Tensor:
         self.evaluations += len(inside)
-        return self._call(inside, len(inside))
+        parts = inside.split(self.per_call or max(1, len(inside)))
+        out = [self._call(part, len(part)) for part in parts]
+        return out[0] if len(out) == 1 else torch.cat(out)

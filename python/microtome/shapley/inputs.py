@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class InputGame:
         if len(self.players) == 0:
             msg = f"{op}: x has no columns, so there are no players. Pass [e, m] with m >= 1."
             raise ArgumentError(msg)
-        if self.player is not None:
+        if self.player is None:
+            self.players = replace(self.players, shown=self.rows.shown())
+        else:
             self.player = self.player.to(self.rows.x.device)
         self.explicands, self.backgrounds = len(self.rows.x), len(self.rows.background)
         self.evaluations = 0

@@ -21,8 +21,9 @@ class Players:
     Attributes:
         names: one for each player.
         kind: "columns", "text", "image", "series" or "parts": how plots show them.
-        shown: [e, p] values or words to print beside the names, or None.
-        view: what the kind's plot needs besides (an image and its segments, a series).
+        shown: [e, p] values to print beside the names, a tensor or an array of objects, or None.
+        view: what the kind's plot needs besides: "text" and "spans"; "image" and "segments";
+            "series" and "bounds"; and "outputs", the names of the outputs, where they are known.
     """
 
     names: tuple[str, ...]

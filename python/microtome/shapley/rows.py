@@ -95,6 +95,12 @@ class Rows:
         at = torch.isnan(self.x).any(0) | torch.isnan(self.background).any(0)
         return [self.columns[j] for j in at.nonzero().flatten().tolist()]
 
+    def shown(self) -> Tensor | np.ndarray:
+        """[e, m]: the rows to explain, numbers as a tensor, mixed values as an array of objects."""
+        if self._pools is None:
+            return self.x
+        return self._pools[self.x.numpy(), np.arange(self.x.shape[1])]
+
     @property
     def row_bytes(self) -> int:
         return self.x.shape[1] * self.x.element_size()
