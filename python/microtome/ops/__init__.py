@@ -6,6 +6,19 @@ from microtome.ops.cascade_attention import cascade_attention, swap_key_attentio
 from microtome.ops.coalition_gram import coalition_gram
 from microtome.ops.coalition_inputs import coalition_inputs
 from microtome.ops.delta_linear import delta_linear
+from microtome.ops.mlp_shapley import (
+    ELU,
+    GELU,
+    GELU_TANH,
+    IDENTITY,
+    LEAKY_RELU,
+    RELU,
+    SIGMOID,
+    SILU,
+    SOFTPLUS,
+    TANH,
+    mlp_shapley,
+)
 from microtome.ops.pack_weights import pack_weights
 from microtome.ops.packed_linear import packed_linear
 from microtome.ops.patch_rows import ADD, REPLACE, SCALE, ZERO, patch_rows
@@ -18,8 +31,18 @@ from microtome.ops.topk_encode import topk_encode
 
 __all__ = [
     "ADD",
+    "ELU",
+    "GELU",
+    "GELU_TANH",
+    "IDENTITY",
+    "LEAKY_RELU",
+    "RELU",
     "REPLACE",
     "SCALE",
+    "SIGMOID",
+    "SILU",
+    "SOFTPLUS",
+    "TANH",
     "ZERO",
     "Code",
     "Screen",
@@ -30,6 +53,7 @@ __all__ = [
     "coalition_inputs",
     "delta_linear",
     "info",
+    "mlp_shapley",
     "moments_for",
     "pack_weights",
     "packed_linear",
