@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._registry import Op, demanded_backend
+from microtome.ops._registry import Op, demanded_backend, triton_backend
 
 _COLUMNS = ("explicand", "background", "order", "lo", "hi")
 _DTYPES = (
@@ -174,4 +174,8 @@ def _fake(
     return x.new_empty(rows.shape[0], x.shape[1])
 
 
-_inputs = Op(coalition_inputs_reference, fake=_fake)
+_inputs = Op(
+    coalition_inputs_reference,
+    fake=_fake,
+    backends=[triton_backend("microtome.kernels.coalition_inputs:launch", *_DTYPES)],
+)
