@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ShapeError
-from microtome.ops._registry import Op, demanded_backend
+from microtome.ops._registry import Op, demanded_backend, triton_backend
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -123,4 +123,8 @@ def _fake(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-_reduce = Op(shapley_reduce_reference, fake=_fake)
+_reduce = Op(
+    shapley_reduce_reference,
+    fake=_fake,
+    backends=[triton_backend("microtome.kernels.shapley_reduce:launch", *_FLOATS)],
+)
