@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ShapeError
-from microtome.ops._registry import Op
+from microtome.ops._registry import Op, triton_backend
 
 _BLOCK = 1024  # coalitions whose bits the reference spreads at a time
 _MOST = 1 << 20  # players: beyond, the Gram matrix alone is 8 TB
@@ -107,4 +107,8 @@ def _fake(coalitions: Tensor, weights: Tensor, values: Tensor, p: int) -> tuple[
     )
 
 
-_gram = Op(coalition_gram_reference, fake=_fake)
+_gram = Op(
+    coalition_gram_reference,
+    fake=_fake,
+    backends=[triton_backend("microtome.kernels.coalition_gram:launch", torch.float64)],
+)
