@@ -22,6 +22,8 @@ from microtome.kernels import (
     coalition_gram,
     coalition_inputs,
     delta_linear,
+    mlp_layers,
+    mlp_shapley,
     patch_rows,
     sae_loss,
     sae_update,
@@ -45,7 +47,7 @@ INTEGERS = {
     "k_base_example", "k_base_token", "v_base_example", "v_base_token",
     "q_new_row", "k_new_row", "v_new_row",
     "R", "p", "K", "P", "C", "S", "U", "A", "parts", "each", "weight_row", "total", "repeat",
-    "points", "strata",
+    "points", "strata", "wide", "hidden", "held_row", "empty_row", "shift",
 }  # fmt: skip
 FLOATS = {
     "unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root",
@@ -61,7 +63,7 @@ POINTERS = {
 UNALIGNED = {
     "k", "rank", "turns", "slots", "T", "t", "h", "group", "window",
     "R", "p", "K", "P", "C", "S", "U", "A", "parts", "each", "weight_row", "total", "repeat",
-    "points", "strata",
+    "points", "strata", "empty_row", "shift",
 }  # fmt: skip
 
 # kernel, constants, pointer types other than fp32 (of what is no pointer elsewhere too), options
@@ -142,10 +144,51 @@ def shapley_cases() -> dict[str, Case]:
             coalition_gram._parts_kernel, {"GRAM": what == "gram", "BC": BC}, types,
             coalition_gram.OPTIONS,
         )  # fmt: skip
+    out.update(mlp_cases())
     out["coalition_gram.fold"] = (
         coalition_gram._fold_kernel, {"GRAM": True, "BE": 256}, double,
         {"enable_fp_fusion": False},
     )  # fmt: skip
+    return out
+
+
+def mlp_cases() -> dict[str, Case]:
+    """The kernels of mlp_shapley, of three layers in both precisions and of two."""
+    types = {
+        **dict.fromkeys(("player", "columns", "offsets", "order"), "i32"),
+        **dict.fromkeys(("first", "scratch"), "fp32"),
+    }
+    out: dict[str, Case] = {
+        "mlp_shapley.first": (
+            mlp_layers._first_kernel,
+            {"GROUPED": True, "HELD": True, "HAS_BIAS": True, "BR": 8, "B1": 128}, types,
+            {"enable_fp_fusion": True},
+        ),
+    }  # fmt: skip
+    RELU, GELU, SOFTPLUS = 1, 2, 9
+    for name, widths, code in (
+        ("bf16_128", [128, 128], RELU),
+        ("bf16_256", [256, 256], RELU),
+        ("fp32_128", [128, 128], GELU),
+        ("fp32_256", [256, 256], RELU),
+        ("two_128", [128], SOFTPLUS),
+    ):
+        bf16 = name.startswith("bf16")
+        tile, warps = mlp_layers.geometry(widths, bf16, 2000, 160 * 1024)
+        constants = {
+            "DEPTH": len(widths) + 1, "ACT_1": code, "ACT_2": code, "ACT_OUT": 0, "BF16": bf16,
+            "UPCAST": False, **tile,
+        }  # fmt: skip
+        flags = {"SHARED": False, "PAIRED": True, "GROUPED": code != RELU}
+        own = {**types, "W_2": "bf16"} if bf16 else types
+        options = {"num_warps": warps, **mlp_layers.OPTIONS}
+        out[f"mlp_shapley.{name}"] = (
+            mlp_shapley._walks_kernel, {**constants, **flags}, own, options,
+        )  # fmt: skip
+        if name == "bf16_128":
+            out["mlp_shapley.ends"] = (
+                mlp_layers._ends_kernel, {**constants, "RESIDENT": False}, own, options,
+            )  # fmt: skip
     return out
 
 
