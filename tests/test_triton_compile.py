@@ -60,6 +60,7 @@ def test_products_run_on_tensor_cores(
 ) -> None:
     names = ("topk_encode.sample", "topk_encode.filter")
     names += tuple(f"delta_linear.{way}" for way in ("few", "fused", "prepared"))
+    names += tuple(f"mlp_shapley.{what}" for what in ("bf16_128", "bf16_256", "ends"))
     for name in names:
         assert measured[arch][name]["tensor_core"] > 0, name
 
@@ -68,8 +69,12 @@ def test_products_run_on_tensor_cores(
 def test_what_promises_every_rounding_fuses_no_product_into_a_sum(
     arch: str, measured: dict[str, dict[str, dict[str, int]]]
 ) -> None:
-    # patch_rows gives the bits of its formula; attention is float32 and not its tensor-core kin.
+    # patch_rows gives the bits of its formula; attention and
+    # mlp_shapley's fp32 are float32 and not its tensor-core kin.
     assert measured[arch]["patch_rows"]["fused"] == 0
+    exact = [m for name, m in measured[arch].items() if name.startswith("mlp_shapley.fp32")]
+    assert exact
+    assert all(m["tensor_core"] == 0 < m["fused"] for m in exact)
     attention = [m for name, m in measured[arch].items() if "attention" in name]
     assert attention
     assert all(m["tensor_core"] == 0 < m["fused"] for m in attention)

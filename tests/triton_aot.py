@@ -19,11 +19,16 @@ import triton
 from microtome.kernels import (
     bf16,
     cascade_attention,
+    coalition_gram,
+    coalition_inputs,
     delta_linear,
+    mlp_layers,
+    mlp_shapley,
     patch_rows,
     sae_loss,
     sae_update,
     segments,
+    shapley_reduce,
     sparse_decode,
     topk_encode,
     topk_select,
@@ -41,6 +46,8 @@ INTEGERS = {
     "base_example", "base_token", "source_row", "q_example", "q_token", "k_token", "v_token",
     "k_base_example", "k_base_token", "v_base_example", "v_base_token",
     "q_new_row", "k_new_row", "v_new_row",
+    "R", "p", "K", "P", "C", "S", "U", "A", "parts", "each", "weight_row", "total", "repeat",
+    "points", "strata", "wide", "hidden", "held_row", "empty_row", "shift",
 }  # fmt: skip
 FLOATS = {
     "unit", "lr", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "shrink", "root",
@@ -53,7 +60,11 @@ POINTERS = {
     "packed": "i32", "at": "i32", "token_row": "i32", "order": "i64",
     "ends": "i32", "tile_row": "i32", "q_positions": "i32", "first": "i32",
 }  # fmt: skip
-UNALIGNED = {"k", "rank", "turns", "slots", "T", "t", "h", "group", "window"}
+UNALIGNED = {
+    "k", "rank", "turns", "slots", "T", "t", "h", "group", "window",
+    "R", "p", "K", "P", "C", "S", "U", "A", "parts", "each", "weight_row", "total", "repeat",
+    "points", "strata", "empty_row", "shift",
+}  # fmt: skip
 
 # kernel, constants, pointer types other than fp32 (of what is no pointer elsewhere too), options
 Case = tuple[Any, dict[str, Any], dict[str, str], dict[str, Any]]
@@ -106,7 +117,79 @@ def cases() -> dict[str, Case]:
         name: (kernel, constants, types, {**topk_encode.OPTIONS, "num_warps": warps})
         for name, (kernel, constants, types, warps) in sae_cases().items()
     }
-    return {**sae, **patching_cases()}
+    return {**sae, **patching_cases(), **shapley_cases()}
+
+
+def shapley_cases() -> dict[str, Case]:
+    """The kernels of Shapley sampling: 30 players, and 784 where that is another tile."""
+    tables: dict[str, str] = dict.fromkeys(("ranks", "rows", "player"), "i32")
+    out: dict[str, Case] = {}
+    BR, BC = segments.tile(1 << 16, 784, False, coalition_inputs.WIDEST, coalition_inputs.SIZE)
+    for bits in ("i8", "i32"):
+        types = {**tables, **dict.fromkeys(("x", "background", "out"), bits)}
+        out[f"coalition_inputs.{bits}"] = (
+            coalition_inputs._coalition_inputs_kernel, {"GROUPED": True, "BR": BR, "BC": BC},
+            types, {"enable_fp_fusion": False},
+        )  # fmt: skip
+    BR, BC = segments.tile(100, 30, False, shapley_reduce.WIDEST, shapley_reduce.SIZE)
+    types = {"ranks": "i32", "rows": "i32", "mean": "fp64", "m2": "fp64"}
+    out["shapley_reduce"] = (
+        shapley_reduce._shapley_reduce_kernel, {"PAIRED": True, "BR": BR, "BC": BC},
+        types, {"enable_fp_fusion": False},
+    )  # fmt: skip
+    double = dict.fromkeys(("weights", "values", "partial", "out"), "fp64")
+    types = {**double, "coalitions": "i64", "k": "i32"}
+    for what, BC in (("gram", 32), ("moments", 1)):
+        out[f"coalition_gram.{what}"] = (
+            coalition_gram._parts_kernel, {"GRAM": what == "gram", "BC": BC}, types,
+            coalition_gram.OPTIONS,
+        )  # fmt: skip
+    out.update(mlp_cases())
+    out["coalition_gram.fold"] = (
+        coalition_gram._fold_kernel, {"GRAM": True, "BE": 256}, double,
+        {"enable_fp_fusion": False},
+    )  # fmt: skip
+    return out
+
+
+def mlp_cases() -> dict[str, Case]:
+    """The kernels of mlp_shapley, of three layers in both precisions and of two."""
+    types = {
+        **dict.fromkeys(("player", "columns", "offsets", "order"), "i32"),
+        **dict.fromkeys(("first", "scratch"), "fp32"),
+    }
+    out: dict[str, Case] = {
+        "mlp_shapley.first": (
+            mlp_layers._first_kernel,
+            {"GROUPED": True, "HELD": True, "HAS_BIAS": True, "BR": 8, "B1": 128}, types,
+            {"enable_fp_fusion": True},
+        ),
+    }  # fmt: skip
+    RELU, GELU, SOFTPLUS = 1, 2, 9
+    for name, widths, code in (
+        ("bf16_128", [128, 128], RELU),
+        ("bf16_256", [256, 256], RELU),
+        ("fp32_128", [128, 128], GELU),
+        ("fp32_256", [256, 256], RELU),
+        ("two_128", [128], SOFTPLUS),
+    ):
+        bf16 = name.startswith("bf16")
+        tile, warps = mlp_layers.geometry(widths, bf16, 2000, 160 * 1024)
+        constants = {
+            "DEPTH": len(widths) + 1, "ACT_1": code, "ACT_2": code, "ACT_OUT": 0, "BF16": bf16,
+            "UPCAST": False, **tile,
+        }  # fmt: skip
+        flags = {"SHARED": False, "PAIRED": True, "GROUPED": code != RELU}
+        own = {**types, "W_2": "bf16"} if bf16 else types
+        options = {"num_warps": warps, **mlp_layers.OPTIONS}
+        out[f"mlp_shapley.{name}"] = (
+            mlp_shapley._walks_kernel, {**constants, **flags}, own, options,
+        )  # fmt: skip
+        if name == "bf16_128":
+            out["mlp_shapley.ends"] = (
+                mlp_layers._ends_kernel, {**constants, "RESIDENT": False}, own, options,
+            )  # fmt: skip
+    return out
 
 
 def sae_cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:

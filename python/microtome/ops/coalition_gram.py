@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.errors import ShapeError
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, triton_backend, why_not_common
 
 _BLOCK = 1024  # coalitions whose bits the reference spreads at a time
 _MOST = 1 << 20  # players: beyond, the Gram matrix alone is 8 TB
@@ -126,5 +126,8 @@ def _why_not_cpu(coalitions: Tensor, weights: Tensor, values: Tensor, p: int) ->
 _gram = Op(
     coalition_gram_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu_gram", _why_not_cpu)],
+    backends=[
+        triton_backend("microtome.kernels.coalition_gram:launch", torch.float64),
+        Backend("cpu", f"{__name__}:_cpu_gram", _why_not_cpu),
+    ],
 )

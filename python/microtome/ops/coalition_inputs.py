@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
+from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
 _COLUMNS = ("explicand", "background", "order", "lo", "hi")
 _DTYPES = (
@@ -200,5 +200,8 @@ def _why_not_cpu(*args: object) -> str | None:
 _inputs = Op(
     coalition_inputs_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu)],
+    backends=[
+        triton_backend("microtome.kernels.coalition_inputs:launch", *_DTYPES),
+        Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu),
+    ],
 )

@@ -28,7 +28,7 @@ from microtome.ops._mlp_shapley_inputs import (
     check_ranks,
     raise_order,
 )
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
 from microtome.ops.pack_weights import FLOATS
 
 __all__ = [
@@ -139,12 +139,19 @@ def mlp_shapley(
     check_game(op, sizes, player)
     if player is not None and not torch.compiler.is_compiling():
         check_player(op, player, sizes["p"])
+    if not (torch.compiler.is_compiling() or _checks_itself(x)):
+        check_ranks(op, ranks)
     mean: Tensor
     m2: Tensor
     mean, m2 = _shapley(
         x, background, ranks, list(weights), given, list(activations), player, paired, precision
     )
     return mean, m2
+
+
+def _checks_itself(x: Tensor) -> bool:
+    """Whether the backend to come checks the orders: the reference and the C++ kernel do."""
+    return x.device.type == "cpu" and demanded_backend() != "triton"
 
 
 def mlp_shapley_reference(
@@ -296,8 +303,34 @@ def _why_not_cpu(
     return why_not_common("cpu", [*floats, ranks, player], (torch.float32,))
 
 
+def _why_not_triton(
+    x: Tensor,
+    background: Tensor,
+    ranks: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activations: list[int],
+    player: Tensor | None,
+    paired: bool,
+    precision: str,
+) -> str | None:
+    depth, o = len(weights), weights[-1].shape[0]
+    widths = [W.shape[0] for W in weights[:-1]] or [o]
+    if depth > 3:
+        return f"{depth} layers (has 1 to 3)"
+    if max(widths) > 256:
+        return f"a layer of width {max(widths)} (has up to 256)"
+    if depth > 1 and o > 64:
+        return f"o={o} outputs (has up to 64)"
+    tensors = [x, background, ranks, *weights, *biases, player]
+    return why_not_common("triton", tensors, (torch.float32,))
+
+
 _shapley = Op(
     mlp_shapley_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu", _why_not_cpu)],
+    backends=[
+        Backend("triton", "microtome.kernels.mlp_shapley:launch", _why_not_triton),
+        Backend("cpu", f"{__name__}:_cpu", _why_not_cpu),
+    ],
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.errors import ShapeError
-from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
+from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -143,5 +143,8 @@ def _why_not_cpu(values: Tensor, ranks: Tensor, paired: bool) -> str | None:
 _reduce = Op(
     shapley_reduce_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu)],
+    backends=[
+        triton_backend("microtome.kernels.shapley_reduce:launch", *_FLOATS),
+        Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu),
+    ],
 )
