@@ -53,7 +53,9 @@ class Rows:
             x, background = self._pool(x, background)
         x, background = torch.as_tensor(x), torch.as_tensor(background)
         if x.dtype != background.dtype:
-            background = background.to(x.dtype)
+            # Rounding the background to whole numbers would change it without a word.
+            whole = background.dtype.is_floating_point and not x.dtype.is_floating_point
+            x, background = (a.to(background.dtype if whole else x.dtype) for a in (x, background))
         self.x = x.reshape(x.shape[0], -1)
         self.background = background.to(x.device).reshape(background.shape[0], -1)
         if not self.columns:
@@ -113,4 +115,5 @@ def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
         a = np.asarray(a)
+        a = a if a.flags.writeable else a.copy()  # torch takes no other
     return a[None] if a.ndim == 1 else a
