@@ -1,0 +1,70 @@
+"""shap's ExactExplainer over `microtome.shapley.exact`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from microtome.errors import ArgumentError
+from microtome.integrations.shap.explainer import Explainer
+from microtome.integrations.shap.solved import Asked, Solved
+from microtome.shapley.exact import affordable, exact
+from microtome.shapley.game import MEMORY, Game
+from microtome.shapley.link import Link
+
+
+class ExactExplainer(Explainer):
+    """shap.ExactExplainer: Shapley values from all coalitions; Owen values along a clustering.
+
+    Only features that differ from the background play, so that a row takes 2 to the power of their
+    number evaluations of the background, which is the limit max_evals (100000) puts on them.
+
+    Args:
+        model: as in `Explainer`, like the other arguments.
+        masker: with a clustering (shap.maskers.Partition), the values are Owen values.
+        link: the scale that is explained.
+        linearize_link: see `Explainer`.
+        feature_names: see `Explainer`.
+        memory: bytes of masked inputs in one call of the model.
+        **call_args: defaults for the arguments of calls. Calls also take interactions: 1 for
+            values; 2 or True for the Shapley-Taylor interactions of pairs, [rows, features,
+            features], with the features' main effects on the diagonal.
+
+    Example:
+        >>> import numpy as np
+        >>> explainer = ExactExplainer(lambda x: x[:, 0] * x[:, 1], np.zeros((1, 2)))
+        >>> explainer(np.array([[2.0, 3.0]])).values
+        array([[3., 3.]])
+    """
+
+    method = "ExactExplainer"
+
+    def __init__(
+        self,
+        model: Any,
+        masker: Any,
+        link: Any = "identity",
+        linearize_link: bool = True,
+        feature_names: Any = None,
+        *,
+        memory: int = MEMORY,
+        **call_args: Any,
+    ) -> None:
+        call_args = {"max_evals": 100000, **call_args}
+        super().__init__(
+            model, masker, link, feature_names, linearize_link, memory=memory, **call_args
+        )
+
+    def _solve(self, game: Game, asked: Asked, link: Link | None, clustering: Any) -> Solved:
+        p = len(game.players)
+        most = (1 << 62) if asked.max_evals in ("auto", None) else int(asked.max_evals)
+        if not affordable(game, most * game.backgrounds):
+            msg = (
+                f"{self.method}: p={p} features that differ from the background take 2^{p} "
+                f"evaluations, but max_evals={most}. Raise it, or take PermutationExplainer."
+            )
+            raise ArgumentError(msg)
+        found = exact(
+            game, max_evaluations=most * game.backgrounds,
+            link="identity" if link is None else link, progress=not asked.silent,
+        )  # fmt: skip
+        return Solved.of(found)
