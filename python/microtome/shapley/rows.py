@@ -38,7 +38,7 @@ class Rows:
             same = self._numeric and len(set(x.dtypes)) == 1
             x, background = (_frame_array(op, a, x.columns, same) for a in (x, background))
         self.torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
-        x, background = (_one_row(a) for a in (x, background))
+        x, background = _no_rounding(_one_row(x), _one_row(background))
         if x.shape[1:] != background.shape[1:]:
             msg = (
                 f"{op}: background must be [n, {', '.join(map(str, x.shape[1:]))}] like x, got "
@@ -53,9 +53,7 @@ class Rows:
             x, background = self._pool(x, background)
         x, background = torch.as_tensor(x), torch.as_tensor(background)
         if x.dtype != background.dtype:
-            # Rounding the background to whole numbers would change it without a word.
-            whole = background.dtype.is_floating_point and not x.dtype.is_floating_point
-            x, background = (a.to(background.dtype if whole else x.dtype) for a in (x, background))
+            background = background.to(x.dtype)
         self.x = x.reshape(x.shape[0], -1)
         self.background = background.to(x.device).reshape(background.shape[0], -1)
         if not self.columns:
@@ -115,5 +113,16 @@ def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
         a = np.asarray(a)
-        a = a if a.flags.writeable else a.copy()  # torch takes no other
+        a = a if a.flags.writeable else a.copy()  # torch warns of a read-only array
     return a[None] if a.ndim == 1 else a
+
+
+def _no_rounding(x: Any, background: Any) -> tuple[Any, Any]:
+    """Whole rows as fractions if the background has them, which rounding would change."""
+    if isinstance(x, Tensor):
+        fractions = isinstance(background, Tensor) and background.is_floating_point()
+        return (
+            x.to(background.dtype) if fractions and not x.is_floating_point() else x
+        ), background
+    fractions = isinstance(background, np.ndarray) and background.dtype.kind == "f"
+    return (x.astype(background.dtype) if fractions and x.dtype.kind in "iub" else x), background

@@ -97,7 +97,7 @@ class Explainer:
                 fit in `memory`.
                 outputs=None, which outputs to keep: numbers, or one of shap's chains such as
                 Explanation.argsort.flip[:2].
-                silent=True, show no progress bar.
+                silent=False, show no progress bar.
                 error_kind="standard", the standard error of the values, or "marginal": what shap
                 calls error_std, the deviation of single marginals, which does not fall as more of
                 them are drawn.

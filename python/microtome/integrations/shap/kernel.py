@@ -63,7 +63,7 @@ class KernelExplainer(Explainer):
         )
         self.keep_index, self.data = keep_index, data
 
-    def __call__(self, X: Any, l1_reg: Any = False, silent: bool = True, **options: Any) -> Any:
+    def __call__(self, X: Any, l1_reg: Any = False, silent: bool = False, **options: Any) -> Any:
         """Explain rows.
 
         Args:
@@ -87,7 +87,7 @@ class KernelExplainer(Explainer):
         X: Any,
         nsamples: int | str = "auto",
         l1_reg: Any = False,
-        silent: bool = True,
+        silent: bool = False,
         gc_collect: bool = False,
         **options: Any,
     ) -> np.ndarray:

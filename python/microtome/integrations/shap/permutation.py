@@ -46,7 +46,7 @@ class PermutationExplainer(Explainer):
         main_effects: bool = False,
         error_bounds: bool = False,
         batch_evals: bool = True,
-        silent: bool = True,
+        silent: bool = False,
     ) -> Any:
         """The values alone, [rows, features] or [rows, features, outputs].
 

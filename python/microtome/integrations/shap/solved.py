@@ -28,7 +28,7 @@ class Asked:
     error_bounds: bool = False
     batch_size: int | str = "auto"
     outputs: Any = None
-    silent: bool = True
+    silent: bool = False
     error_kind: str = "standard"
     l1_reg: Any = False
     fixed_context: int | None = None
