@@ -16,6 +16,9 @@ from microtome.shapley.call import Outputs
 from microtome.shapley.game import MEMORY
 from microtome.shapley.players import Players
 
+# On a processor, larger calls leave the cache and take longer; fewer than 64 rows are not worth it.
+_CACHE, _ROWS = 2 << 20, 64
+
 
 class ForwardGame:
     """v(S) = forward(x_S, baseline_rest) of each example: a Game with one background row.
@@ -88,7 +91,9 @@ class ForwardGame:
         e, p = self.asked.rows, len(self.players)
         ranks = torch.arange(p, dtype=torch.int32)[None]
         row_bytes = sum(x.shape[1] * x.element_size() for x in self.x)
-        self.per_call = max(2, self.memory // max(1, row_bytes))
+        on_cpu = self.x[0].device.type == "cpu"
+        fits = min(self.memory, max(_CACHE, _ROWS * row_bytes)) if on_cpu else self.memory
+        self.per_call = max(2, fits // max(1, row_bytes))
         if self.perturbations is not None:
             self.per_call = min(self.per_call, self.perturbations * e)
         two = torch.tensor([[0, 0, 0, 0], [0, 0, 0, p]])

@@ -3,6 +3,7 @@
 from microtome.integrations.shap.exact import ExactExplainer
 from microtome.integrations.shap.explanation import Explanation
 from microtome.integrations.shap.kernel import KernelExplainer
+from microtome.integrations.shap.partition import PartitionExplainer
 from microtome.integrations.shap.permutation import PermutationExplainer
 from microtome.integrations.shap.sampling import SamplingExplainer
 
@@ -10,6 +11,7 @@ __all__ = [
     "ExactExplainer",
     "Explanation",
     "KernelExplainer",
+    "PartitionExplainer",
     "PermutationExplainer",
     "SamplingExplainer",
 ]

@@ -6,7 +6,9 @@ from typing import Any
 
 from microtome.errors import ArgumentError
 from microtome.integrations.shap.explainer import Explainer
+from microtome.integrations.shap.owen import owen
 from microtome.integrations.shap.solved import Asked, Solved
+from microtome.integrations.shap.tree import Tree
 from microtome.shapley.exact import affordable, exact
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.link import Link
@@ -37,6 +39,7 @@ class ExactExplainer(Explainer):
     """
 
     method = "ExactExplainer"
+    keeps_to_tree = True
 
     def __init__(
         self,
@@ -54,9 +57,11 @@ class ExactExplainer(Explainer):
             model, masker, link, feature_names, linearize_link, memory=memory, **call_args
         )
 
-    def _solve(self, game: Game, asked: Asked, link: Link | None, clustering: Any) -> Solved:
+    def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
         p = len(game.players)
         most = (1 << 62) if asked.max_evals in ("auto", None) else int(asked.max_evals)
+        if tree is not None:
+            return self._along(game, tree, most, link)
         if not affordable(game, most * game.backgrounds):
             msg = (
                 f"{self.method}: p={p} features that differ from the background take 2^{p} "
@@ -68,3 +73,14 @@ class ExactExplainer(Explainer):
             link="identity" if link is None else link, progress=not asked.silent,
         )  # fmt: skip
         return Solved.of(found)
+
+    def _along(self, game: Game, tree: Tree, most: int, link: Link | None) -> Solved:
+        """Owen values."""
+        need = tree.evaluations()
+        if need > most:
+            msg = (
+                f"{self.method}: the clustering of {tree.features} features takes {need} "
+                f"evaluations, but max_evals={most}. Raise it, or take PartitionExplainer."
+            )
+            raise ArgumentError(msg)
+        return owen(game, tree, link, need, need)

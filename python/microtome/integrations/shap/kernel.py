@@ -11,6 +11,7 @@ from microtome.integrations.shap.explainer import Explainer
 from microtome.integrations.shap.masked import MaskerGame
 from microtome.integrations.shap.selection import selected_fit
 from microtome.integrations.shap.solved import Asked, Solved
+from microtome.integrations.shap.tree import Tree
 from microtome.shapley.exact import affordable, exact
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.kernel import kernel
@@ -108,7 +109,7 @@ class KernelExplainer(Explainer):
     def _frames(self, X: Any) -> bool:
         return self.keep_index
 
-    def _solve(self, game: Game, asked: Asked, link: Link | None, clustering: Any) -> Solved:
+    def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
         solved = self._fitted(game, asked, link)
         base = solved.base[0].numpy()
         self.expected_value = float(base[0]) if solved.scalar else base

@@ -29,6 +29,7 @@ class MaskerGame:
         args: the inputs of one row.
         batch: most masks in one call of the model, or None for as many as fit in `memory`.
         memory: bytes of masked inputs in one call.
+        whole: let features play too that the masker never masks.
 
     Attributes:
         varying: [p], which of the masker's features play; masking the others changes nothing.
@@ -47,6 +48,7 @@ class MaskerGame:
         args: tuple[Any, ...],
         batch: int | None,
         memory: int,
+        whole: bool = False,
     ) -> None:
         self.op, self.function, self.masker, self.args = op, function, masker, args
         self.batch, self.memory = batch, memory
@@ -60,7 +62,7 @@ class MaskerGame:
             raise ArgumentError(msg)
         invariants = getattr(masker, "invariants", None)
         varying = np.ones(self.features, dtype=bool)
-        if callable(invariants):
+        if callable(invariants) and not whole:
             varying = ~np.asarray(invariants(*args), dtype=bool).reshape(-1, self.features).all(0)
         self.varying = np.flatnonzero(varying)
         if not len(self.varying):

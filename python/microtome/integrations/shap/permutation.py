@@ -11,7 +11,9 @@ from torch import Tensor
 from microtome.errors import ArgumentError
 from microtome.integrations.shap.explainer import Explainer
 from microtome.integrations.shap.masked import MaskerGame
+from microtome.integrations.shap.owen import owen, owen_by_walks
 from microtome.integrations.shap.solved import Asked, Solved
+from microtome.integrations.shap.tree import Tree
 from microtome.ops import shapley_reduce
 from microtome.shapley.exact import affordable, exact
 from microtome.shapley.game import Game
@@ -26,7 +28,8 @@ class PermutationExplainer(Explainer):
 
     At the same number of evaluations the error is smaller than shap's: every background row walks
     its own permutations, where shap lets all of them walk the same. All coalitions are evaluated,
-    and the values exact, where max_evals is enough for that.
+    and the values exact, where max_evals is enough for that. Along a masker's clustering, the
+    values are Owen values.
 
     Arguments as in `Explainer`.
 
@@ -38,6 +41,7 @@ class PermutationExplainer(Explainer):
     """
 
     method = "PermutationExplainer"
+    keeps_to_tree = True
 
     def shap_values(
         self,
@@ -65,7 +69,7 @@ class PermutationExplainer(Explainer):
         self.expected_value = found.base_values[0]
         return found.values
 
-    def _solve(self, game: Game, asked: Asked, link: Link | None, clustering: Any) -> Solved:
+    def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
         p = len(game.players)
         evals = 20 * p if asked.max_evals == "auto" else int(asked.max_evals)
         evals = max(evals, 2 * p + 1) if asked.max_evals == "auto" else evals
@@ -79,6 +83,8 @@ class PermutationExplainer(Explainer):
             raise ArgumentError(msg)
         marginal = asked.error_bounds and asked.error_kind == "marginal"
         given = {"link": "identity" if link is None else link, "progress": not asked.silent}
+        if tree is not None:
+            return self._along(game, tree, evals, link)
         if affordable(game, evals * game.backgrounds) and not marginal:
             most = evals * game.backgrounds
             return Solved.of(exact(game, max_evaluations=most, **given))
@@ -86,12 +92,23 @@ class PermutationExplainer(Explainer):
         seed = 0 if self.seed is None else self.seed
         if marginal:
             return self._marginal(game, pairs, seed, link)
-        # A masker makes all rows of its background at once.
-        shared = link is not None or isinstance(getattr(game, "game", game), MaskerGame)
+        shared = self._together(game, link)
         found = permutation(
             game, n_permutations=2 * pairs, shared=shared, seed=seed, memory=self.memory, **given
         )
         return Solved.of(found)
+
+    def _along(self, game: Game, tree: Tree, evals: int, link: Link | None) -> Solved:
+        """Owen values, exact if evals reach that far."""
+        if evals >= tree.evaluations():
+            return owen(game, tree, link, evals, evals)
+        pairs = max(1, (evals - 2) // (2 * (tree.features - 1)))
+        seed = 0 if self.seed is None else self.seed
+        return owen_by_walks(game, tree, link, pairs, seed, self._together(game, link))
+
+    def _together(self, game: Game, link: Link | None) -> bool:
+        """Whether background rows share permutations: a masker makes all of them at once."""
+        return link is not None or isinstance(getattr(game, "game", game), MaskerGame)
 
     def _marginal(self, game: Game, pairs: int, seed: int, link: Link | None) -> Solved:
         """Values, and the deviation of single marginals: means over the background, as in shap."""

@@ -14,6 +14,7 @@ from microtome.errors import ArgumentError
 from microtome.integrations.shap.explainer import Explainer
 from microtome.integrations.shap.links import WeightedGame
 from microtome.integrations.shap.solved import Asked, Solved
+from microtome.integrations.shap.tree import Tree
 from microtome.shapley.exact import affordable, exact
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.inputs import InputGame
@@ -101,7 +102,7 @@ class SamplingExplainer(Explainer):
     def _frames(self, X: Any) -> bool:
         return self.keep_index
 
-    def _solve(self, game: Game, asked: Asked, link: Link | None, clustering: Any) -> Solved:
+    def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
         p, n = len(game.players), game.backgrounds
         nsamples = 1000 * p if asked.max_evals == "auto" else int(asked.max_evals)
         rows = 2 * nsamples

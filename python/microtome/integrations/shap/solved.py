@@ -12,6 +12,7 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.integrations.shap.tree import Tree
 from microtome.shapley.coalitions import MEAN, inverse, spans
 from microtome.shapley.game import Game
 from microtome.shapley.link import Link
@@ -87,6 +88,11 @@ class Solved:
         each = (found.values, found.base_values, found.full_values, found.stderr)
         values, base, full, error = (a[..., None] if scalar else a for a in each)
         return cls(values, base, full, scalar, error, **more)
+
+    def completed(self, game: Game, link: Link | None, tree: Tree | None, asked: Asked) -> Solved:
+        """With the tree that was kept to, and the main effects if they were asked for."""
+        solved = self if tree is None else replace(self, tree=tree.clustering)
+        return solved.with_main_effects(game, link) if asked.main_effects else solved
 
     def with_main_effects(self, game: Game, link: Link | None) -> Solved:
         """Also f of each player alone, less the base."""
