@@ -1,9 +1,20 @@
 """Shapley values of inputs and of a model's own parts: exact, sampled, in closed form."""
 
+from microtome.shapley.exact import exact
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.inputs import InputGame
+from microtome.shapley.kernel import kernel
 from microtome.shapley.permutation import permutation
 from microtome.shapley.players import Players
 from microtome.shapley.result import ShapleyValues
 
-__all__ = ["Game", "InputGame", "Players", "SetGame", "ShapleyValues", "permutation"]
+__all__ = [
+    "Game",
+    "InputGame",
+    "Players",
+    "SetGame",
+    "ShapleyValues",
+    "exact",
+    "kernel",
+    "permutation",
+]

@@ -54,8 +54,8 @@ class Rows:
         x, background = torch.as_tensor(x), torch.as_tensor(background)
         if x.dtype != background.dtype:
             background = background.to(x.dtype)
-        self.x = x.reshape(x.shape[0], -1)
-        self.background = background.to(x.device).reshape(background.shape[0], -1)
+        self.x = x.flatten(1)
+        self.background = background.to(x.device).flatten(1)
         if not self.columns:
             self.columns = tuple(f"x{j}" for j in range(self.x.shape[1]))
 
