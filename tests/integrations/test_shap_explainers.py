@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from microtome.errors import ArgumentError
 from microtome.integrations import shap as ours
 
 theirs = pytest.importorskip("shap", reason="shap is not installed")
@@ -291,3 +292,21 @@ def test_integer_rows_do_not_round_the_background() -> None:
         theirs.ExactExplainer(f, BACKGROUND[:, :4])(x.astype(float), silent=True).values,
         atol=1e-9,
     )
+
+
+def test_interactions_of_pairs_are_shaps_and_sum_to_the_difference() -> None:
+    x, background = X[:, FEW].copy(), BACKGROUND[:, FEW].copy()
+    peer, our = (
+        package.ExactExplainer(f, background)(x, interactions=2, silent=True)
+        for package in (theirs, ours)
+    )
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+    background[:, 2] = x[0, 2] = 0.5  # one feature less plays in the first row
+    found = ours.ExactExplainer(probabilities, background)(x, interactions=True)
+    assert found.values.shape == (4, 5, 5, 2)
+    assert bool((found.values[0, 2] == 0).all())
+    np.testing.assert_allclose(
+        found.values.sum((1, 2)) + found.base_values, probabilities(x), atol=1e-9
+    )
+    with pytest.raises(ArgumentError, match=r"interactions must be 1 or 2 .*got interactions=3"):
+        ours.ExactExplainer(f, background)(x, interactions=3)

@@ -7,6 +7,7 @@ from typing import Any
 from microtome.errors import ArgumentError
 from microtome.integrations.shap.explainer import Explainer
 from microtome.integrations.shap.owen import owen
+from microtome.integrations.shap.pairs import interactions
 from microtome.integrations.shap.solved import Asked, Solved
 from microtome.integrations.shap.tree import Tree
 from microtome.shapley.exact import affordable, exact
@@ -60,6 +61,12 @@ class ExactExplainer(Explainer):
     def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
         p = len(game.players)
         most = (1 << 62) if asked.max_evals in ("auto", None) else int(asked.max_evals)
+        if asked.interactions not in (False, 1, 2) or (tree is not None and _pairs(asked)):
+            msg = (
+                f"{self.method}: interactions must be 1 or 2 (or True), and 1 along a clustering, "
+                f"got interactions={asked.interactions}."
+            )
+            raise ArgumentError(msg)
         if tree is not None:
             return self._along(game, tree, most, link)
         if not affordable(game, most * game.backgrounds):
@@ -72,7 +79,10 @@ class ExactExplainer(Explainer):
             game, max_evaluations=most * game.backgrounds,
             link="identity" if link is None else link, progress=not asked.silent,
         )  # fmt: skip
-        return Solved.of(found)
+        solved = Solved.of(found)
+        if _pairs(asked):
+            return interactions(game, solved, link)
+        return solved
 
     def _along(self, game: Game, tree: Tree, most: int, link: Link | None) -> Solved:
         """Owen values."""
@@ -84,3 +94,8 @@ class ExactExplainer(Explainer):
             )
             raise ArgumentError(msg)
         return owen(game, tree, link, need, need)
+
+
+def _pairs(asked: Asked) -> bool:
+    """Whether interactions of pairs are wanted; True is not 1 here, as in shap."""
+    return asked.interactions is True or asked.interactions == 2

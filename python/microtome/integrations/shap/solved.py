@@ -112,8 +112,13 @@ class Solved:
         def wide(a: Tensor | None) -> Tensor | None:
             if a is None:
                 return None
-            out = a.new_zeros(1, count, *a.shape[2:])
-            out[0, torch.from_numpy(np.asarray(features))] = a[i]
+            at = torch.from_numpy(np.asarray(features))
+            if a.dim() == 4:  # pairs of features
+                out = a.new_zeros(1, count, count, a.shape[3])
+                out[0, at[:, None], at] = a[i]
+                return out
+            out = a.new_zeros(1, count, a.shape[2])
+            out[0, at] = a[i]
             return out
 
         return replace(
