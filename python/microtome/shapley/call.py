@@ -57,7 +57,7 @@ class Outputs:
             )
             raise ShapeError(msg)
         scalar = out.dim() == 1
-        out = out.reshape(count, -1)
+        out = out[:, None] if scalar else out
         if self.outputs is None:
             self.scalar, self.outputs = scalar, out.shape[1]
         elif (scalar, out.shape[1]) != (self.scalar, self.outputs) and count:

@@ -62,10 +62,12 @@ def members(ranks: Tensor, spans: Tensor) -> Tensor:
 def of_members(inside: Tensor, background: int = MEAN) -> tuple[Tensor, Tensor]:
     """Ranks and spans of K coalitions given as [K, p] bool: each is the start of its own order."""
     K = len(inside)
-    order = torch.argsort(inside, dim=1, descending=True, stable=True)
-    ranks = torch.argsort(order, dim=1).to(torch.int32)
+    size = inside.sum(1)
+    before = inside.cumsum(1)  # members up to each player, itself included
+    place = torch.arange(inside.shape[1]) - before + size[:, None]
+    ranks = torch.where(inside, before - 1, place).to(torch.int32)
     zero = torch.zeros(1, dtype=torch.int64)
-    return ranks, spans(zero + background, torch.arange(K), zero, inside.sum(1))
+    return ranks, spans(zero + background, torch.arange(K), zero, size)
 
 
 def pack(inside: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -79,6 +80,16 @@ class InputGame:
             return ""
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         return f"There are missing values in column {names}: impute them. "
+
+    def with_background(self, rows: Tensor) -> InputGame:
+        """The same game with some of its background rows; what is known of the ends is kept."""
+        some = copy.copy(self)
+        some.rows = copy.copy(self.rows)
+        some.rows.background = self.rows.background[rows]
+        some.backgrounds = len(rows)
+        empty, full = self.ends()
+        some._ends = empty[:, rows.to(empty.device)], full
+        return some
 
     def call(self, rows: Tensor) -> Tensor:
         """[R, o] float64 for rows [R, m] of any number, a bounded number of bytes at a time."""

@@ -182,6 +182,7 @@ def _sample(
         for at in range(0, e, block):
             who = torch.arange(at, min(at + block, e))
             moments = _Rows(who, values, stderr, stop)
+            until, stopped = stop.share(len(who) / (e - at)), False
             try:
                 for first in range(0, plan.U, each):
                     units = min(each, plan.U - first)
@@ -191,14 +192,14 @@ def _sample(
                     done = at + len(who)
                     if len(moments.who) == 0:
                         break
-                    if stop.late():
+                    if stop.late(until):
                         interrupted = True
                         break
             except KeyboardInterrupt:
-                interrupted = True
+                interrupted = stopped = True
                 if done == 0:
                     raise
-            if interrupted:
+            if stopped:
                 break
     notes = [getattr(walker, "note", "")]
     if interrupted:

@@ -41,7 +41,7 @@ class Rows:
             same = self._numeric and len(set(x.dtypes)) == 1
             x, background = (_frame_array(op, a, x.columns, same) for a in (x, background))
         self.torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
-        x, background = (_one_row(a) for a in (x, background))
+        x, background = _no_rounding(_one_row(x), _one_row(background))
         if x.shape[1:] != background.shape[1:]:
             msg = (
                 f"{op}: background must be [n, {', '.join(map(str, x.shape[1:]))}] like x, got "
@@ -59,8 +59,8 @@ class Rows:
             x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         if x.dtype != background.dtype:
             background = background.to(x.dtype)
-        self.x = x.reshape(x.shape[0], -1)
-        self.background = background.to(x.device).reshape(background.shape[0], -1)
+        self.x = x.flatten(1)
+        self.background = background.to(x.device).flatten(1)
         if not self.columns:
             self.columns = tuple(f"x{j}" for j in range(self.x.shape[1]))
 
@@ -126,3 +126,14 @@ def _one_row(a: Any) -> Any:
         a = np.asarray(a)
         a = a if a.flags.writeable else a.copy()  # torch warns of a read-only array
     return a[None] if a.ndim == 1 else a
+
+
+def _no_rounding(x: Any, background: Any) -> tuple[Any, Any]:
+    """Whole rows as fractions if the background has them, which rounding would change."""
+    if isinstance(x, Tensor):
+        fractions = isinstance(background, Tensor) and background.is_floating_point()
+        return (
+            x.to(background.dtype) if fractions and not x.is_floating_point() else x
+        ), background
+    fractions = isinstance(background, np.ndarray) and background.dtype.kind == "f"
+    return (x.astype(background.dtype) if fractions and x.dtype.kind in "iub" else x), background

@@ -83,8 +83,18 @@ class Stop:
     def asked(self) -> bool:
         return self.target_error is not None or self.seconds is not None
 
-    def late(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.started > self.seconds
+    def share(self, part: float) -> float:
+        """When a part of the time that is left will be over, on the monotonic clock."""
+        if self.seconds is None:
+            return math.inf
+        now = time.monotonic()
+        return now + (self.started + self.seconds - now) * part
+
+    def late(self, until: float | None = None) -> bool:
+        """Whether the time is over, or that until `until`."""
+        if self.seconds is None:
+            return False
+        return time.monotonic() > (self.started + self.seconds if until is None else until)
 
     def reached(self, values: Tensor, stderr: Tensor) -> Tensor:
         """[e] bool: whose error is small enough."""

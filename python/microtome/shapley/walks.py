@@ -43,6 +43,10 @@ class GameWalker:
             self.empty, self.full = link(self.empty), link(self.full)
 
     def __call__(self, ranks: Tensor, paired: bool, who: Tensor) -> tuple[Tensor, Tensor]:
+        return shapley_reduce(self.along(ranks, paired, who), ranks, paired)
+
+    def along(self, ranks: Tensor, paired: bool, who: Tensor) -> Tensor:
+        """The values on the walks, [e, S, U, A, L, o], as `shapley_reduce` takes them."""
         S, U, A, p = ranks.shape
         e, o = len(who), self.full.shape[1]
         at = walk(p, paired)[2]
@@ -58,4 +62,4 @@ class GameWalker:
         values[:, :, :, p] = self.full[who][:, None, None]
         if paired:
             values[:, :, :, 2 * p] = empty[:, :, None]
-        return shapley_reduce(values.reshape(e, S, U, A, -1, o), ranks, paired)
+        return values.reshape(e, S, U, A, -1, o)
