@@ -119,8 +119,8 @@ def of_categories(columns: Sequence[np.ndarray]) -> Levels:
     return Levels(code, cumulative(count), zero, zero, np.nan_to_num(code), zero)
 
 
-def merge(first: Levels, second: Levels) -> Levels:
-    """The columns of both, those of `first` before."""
+def merge(first: Levels, second: Levels, order: np.ndarray) -> Levels:
+    """The columns of both, in this order of those of `first` and then those of `second`."""
     V = max(first.code.shape[1], second.code.shape[1])
     fill = {"code": np.nan, "share": 1.0}
     tables = []
@@ -129,7 +129,7 @@ def merge(first: Levels, second: Levels) -> Levels:
             np.pad(table, ((0, 0), (0, V - table.shape[1])), constant_values=fill.get(name, 0.0))
             for table in (getattr(first, name), getattr(second, name))
         ]
-        tables.append(np.concatenate(wide))
+        tables.append(np.concatenate(wide)[order])
     return Levels(*tables)
 
 

@@ -42,7 +42,7 @@ class Neighbourhood:
 
     Attributes:
         levelled, smooth: numbers of the columns with and without levels.
-        bins: of the columns that are cut, which come first among the levelled.
+        bins: of the columns that are cut.
         own: [e, L], the explicands' levels; -1 where the background never has it.
         scaled: [e, c], the explicands' other columns in standard units.
         names: for each explicand the names of its m features.
@@ -55,16 +55,21 @@ class Neighbourhood:
         x, background = columns.x, columns.background
         cut = np.flatnonzero(~columns.categorical) if discretize is not False else np.empty(0, int)
         fixed = np.flatnonzero(columns.categorical)
-        self.levelled = np.concatenate([cut, fixed])
+        order = np.concatenate([cut, fixed]).argsort()
+        self.levelled = np.concatenate([cut, fixed])[order]
         self.smooth = np.setdiff1d(np.arange(x.shape[1]), self.levelled)
         how = "quartile" if discretize is True else discretize
         if isinstance(how, Mapping):
             how = {columns.column(key, "discretize"): edges for key, edges in how.items()}
         edges = padded(edges_of(op, background, cut, how, labels) if len(cut) else [])
         self.bins = bins_of(np.ascontiguousarray(background[:, cut].T), edges)
-        self.levels = of_categories([background[:, j] for j in fixed])
-        self.levels = merge(of_bins(self.bins), self.levels) if len(fixed) else of_bins(self.bins)
-        code = np.concatenate([codes(edges, x[:, cut].T), x[:, fixed].T])  # [L, e]
+        self._place = {j: at for at, j in enumerate(cut.tolist())}
+        self.levels = of_bins(self.bins)
+        code = codes(edges, x[:, cut].T)  # [L, e]
+        if len(fixed):
+            found = of_categories([background[:, j] for j in fixed])
+            self.levels = merge(self.levels, found, order)
+            code = np.concatenate([code, x[:, fixed].T])[order]
         self.own = np.stack([self.levels.level_of(column) for column in code.T])
         rest = background[:, self.smooth]
         self.mean, spread = rest.mean(0), rest.std(0)
@@ -85,7 +90,7 @@ class Neighbourhood:
                     known[at, level] = (
                         f"{names[j]} = {columns.show(j, level)}"
                         if columns.categorical[j]
-                        else self.bins.name(at, int(level), names[j])
+                        else self.bins.name(self._place[j], int(level), names[j])
                     )
                 names[j] = known[at, level]
             out.append(tuple(names))
