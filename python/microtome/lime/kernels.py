@@ -66,15 +66,14 @@ def weights_of(op: str, kernel: Kernel, distances: np.ndarray) -> np.ndarray:
     return weights
 
 
-def binary_weights(op: str, kernel: Kernel, distance: str, p: int, scale: float) -> np.ndarray:
-    """[p + 1] weights of samples by how many of p features they keep.
+def binary_distances(distance: str, p: int) -> np.ndarray:
+    """[p + 1] distances of samples from the input by how many of p features they keep.
 
     All features on is the input. The Euclidean distance is then sqrt(off), the cosine distance
-    1 - sqrt(on / p); the distance is multiplied by `scale`.
+    1 - sqrt(on / p).
     """
     on = np.arange(p + 1.0)
-    apart = np.sqrt(p - on) if distance == "euclidean" else 1 - np.sqrt(on / p)
-    return weights_of(op, kernel, scale * apart)
+    return np.sqrt(p - on) if distance == "euclidean" else 1 - np.sqrt(on / p)
 
 
 def distances_of(op: str, distance: Distance, z: np.ndarray, origin: np.ndarray) -> np.ndarray:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from microtome.lime.bins import Bins
 
+_BLOCK = 1 << 14  # numbers worked on at a time, which stay in the cache
 _COMPARE = 16  # levels up to which counting thresholds below u beats a binary search
 
 
@@ -38,11 +39,6 @@ class Levels:
     mean: np.ndarray
     scale: np.ndarray
 
-    @property
-    def drawn(self) -> np.ndarray:
-        """[L, V] bool: whose value is not fixed."""
-        return self.scale > 0
-
     def pick(self, uniform: np.ndarray) -> np.ndarray:
         """[L, K] levels for uniform numbers [L, K]."""
         V = self.share.shape[1]
@@ -55,34 +51,42 @@ class Levels:
             level += uniform >= self.share[:, v, None]
         return level
 
-    def flat(self, level: np.ndarray) -> np.ndarray:
-        """[L, K] places in the flattened tables."""
-        L, V = self.code.shape
-        return level + np.arange(0, L * V, V)[:, None]
-
-    def values(self, flat: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """[L, K] values of levels from a second uniform number each."""
-        inner = np.take(self.low, flat) + np.take(self.width, flat) * uniform
-        return self._place(flat, inner)
-
-    def values_from_pick(self, flat: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """[L, K] values from the number that picked the level: where in the share it fell."""
+    def picked(self) -> Levels:
+        """Levels for which the number that picked a level also serves as the second one."""
         start = np.concatenate([np.zeros_like(self.share[:, :1]), self.share[:, :-1]], 1)
         length = self.share - start
         slope = self.width / np.where(length > 0, length, 1.0)
-        low = self.low - start * slope
-        inner = np.take(low, flat) + np.take(slope, flat) * uniform
-        return self._place(flat, inner)
+        return replace(self, low=self.low - start * slope, width=slope)
 
-    def _place(self, flat: np.ndarray, inner: np.ndarray) -> np.ndarray:
-        mean = np.take(self.mean, flat)
-        scale = np.take(self.scale, flat)
-        # 1 - 2^-53: an end that rounds to one would be infinity.
-        inner = np.clip(inner, -1 + 2**-53, 1 - 2**-53, out=inner)
-        normal = torch.from_numpy(inner).erfinv_().numpy()
-        normal *= scale
-        normal += mean
-        return normal
+    def values(
+        self, level: np.ndarray, uniform: np.ndarray | None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """[L, K] values of levels [L, K], from a uniform number [L, K] each.
+
+        Args:
+            level: what `pick` returned.
+            uniform: where within the level; None where every value is fixed.
+            out: written and returned, if given; of any strides.
+        """
+        (L, K), V = level.shape, self.code.shape[1]
+        out = np.empty((L, K)) if out is None else out
+        step = max(1, _BLOCK // max(1, K))
+        start = np.arange(0, step * V, V)[:, None]
+        for at in range(0, L, step):
+            part = slice(at, min(at + step, L))
+            flat = level[part] + start[: part.stop - at]
+            if uniform is None:
+                out[part] = np.take(self.mean[part], flat)
+                continue
+            inner = np.take(self.width[part], flat)
+            inner *= uniform[part]
+            inner += np.take(self.low[part], flat)
+            # 1 - 2^-53: an end that rounds to one would be infinity.
+            np.clip(inner, -1 + 2**-53, 1 - 2**-53, out=inner)
+            normal = torch.from_numpy(inner).erfinv_().numpy()
+            normal *= np.take(self.scale[part], flat)
+            np.add(normal, np.take(self.mean[part], flat), out=out[part])
+        return out
 
     def level_of(self, codes: np.ndarray) -> np.ndarray:
         """[L] levels of one code per column; -1 where the background never has it."""

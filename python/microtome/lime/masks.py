@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from microtome.lime.equations import Equations, from_coalitions
-from microtome.lime.kernels import Distance, Kernel, binary_weights, distances_of, weights_of
+from microtome.lime.kernels import Distance, Kernel, binary_distances, distances_of, weights_of
 from microtome.shapley.coalitions import pack
 
 
@@ -24,14 +24,12 @@ def first_of_equal(on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], order.argsort()[which.ravel()]
 
 
-def mask_weights(
-    op: str, on: np.ndarray, kernel: Kernel, distance: Distance, scale: float
-) -> np.ndarray:
-    """[K] weights of samples [K, p] bool by their distance from the one with all on."""
+def mask_distances(op: str, on: np.ndarray, distance: Distance, scale: float) -> np.ndarray:
+    """[K] distances of samples [K, p] bool from the one with all on, times `scale`."""
     p = on.shape[1]
-    if distance in ("euclidean", "cosine"):
-        return binary_weights(op, kernel, str(distance), p, scale)[on.sum(1)]
-    return weights_of(op, kernel, scale * distances_of(op, distance, on.astype(float), np.ones(p)))
+    if isinstance(distance, str) and distance in ("euclidean", "cosine"):
+        return scale * binary_distances(distance, p)[on.sum(1)]
+    return scale * distances_of(op, distance, on.astype(float), np.ones(p))
 
 
 def equations_of(
@@ -39,5 +37,7 @@ def equations_of(
 ) -> Equations:
     """Of samples [K, p] bool and the explicand before them; values [K + 1, o]."""
     every = np.concatenate([np.ones_like(on[:1]), on])
-    weights = torch.from_numpy(mask_weights(op, every, kernel, distance, scale))
-    return from_coalitions(pack(torch.from_numpy(every)), weights, values, on.shape[1])
+    weights = weights_of(op, kernel, mask_distances(op, every, distance, scale))
+    return from_coalitions(
+        pack(torch.from_numpy(every)), torch.from_numpy(weights), values, on.shape[1]
+    )

@@ -119,11 +119,11 @@ class Neighbourhood:
         else:
             normal = torch.randn(c, K, dtype=torch.float64, generator=random)
         level = self.levels.pick(uniform.numpy())
-        values = self.levels.values_from_pick(self.levels.flat(level), uniform.numpy())
-        if m == L:
-            return Samples(level, normal.numpy(), np.ascontiguousarray(values.T))
-        rows = np.empty((K, m))
-        rows[:, self.levelled] = values.T
+        rows, levels = np.empty((K, m)), self.levels.picked()
+        if L == m:
+            levels.values(level, uniform.numpy(), out=rows.T)
+            return Samples(level, normal.numpy(), rows)
+        rows[:, self.levelled] = levels.values(level, uniform.numpy()).T
         samples = Samples(level, normal.numpy(), rows)
         self.centre(samples, 0)
         return samples

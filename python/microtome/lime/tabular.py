@@ -18,7 +18,7 @@ from microtome.lime.equations import Equations, from_coalitions, from_rows
 from microtome.lime.kernels import (
     Distance,
     Kernel,
-    binary_weights,
+    binary_distances,
     distances_of,
     kernel_of,
     weights_of,
@@ -124,8 +124,8 @@ def explain_tabular(
     near = Neighbourhood(op, columns, discretize, labels, around)
     prediction = model.explicands(lambda a, b: columns.back(columns.x[a:b]), e, check)
     table = None
-    if near.binary and distance in ("euclidean", "cosine"):
-        table = binary_weights(op, kernel, distance, m, 1.0)
+    if near.binary and isinstance(distance, str) and distance in ("euclidean", "cosine"):
+        table = weights_of(op, kernel, binary_distances(distance, m))
     runs: list[Fit] = []
     with tqdm(total=e * repeats, desc=op, unit="row", disable=not progress) as bar:
         for run in range(repeats):
