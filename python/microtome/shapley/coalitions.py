@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,10 +74,9 @@ def of_members(inside: Tensor, background: int = MEAN) -> tuple[Tensor, Tensor]:
 def pack(inside: Tensor) -> Tensor:
     """[K, w] int64 words of [K, p] bool: bit j % 64 of word j // 64 is player j."""
     K, p = inside.shape
-    words = (p + 63) // 64
-    padded = torch.zeros(K, words * 64, dtype=torch.int64)
-    padded[:, :p] = inside
-    return (padded.reshape(K, words, 64) << torch.arange(64)).sum(-1)
+    out = np.zeros((K, 8 * ((p + 63) // 64)), dtype=np.uint8)
+    out[:, : (p + 7) // 8] = np.packbits(inside.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(out.view("<i8").astype(np.int64, copy=False))
 
 
 def unpack(words: Tensor, p: int) -> Tensor:

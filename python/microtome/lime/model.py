@@ -1,0 +1,69 @@
+"""The user's model: called a bounded number of rows at a time, its answers checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import ArgumentError
+from microtome.shapley.call import Outputs, check_deterministic
+
+
+class Model:
+    """f on blocks of rows, as float64, only the outputs that are explained.
+
+    Args:
+        op: name for messages.
+        function: takes what `rows` returns.
+        outputs: which of f's outputs to explain; None for all.
+        per_call: rows in one call.
+
+    Attributes:
+        evaluations: rows f was called with.
+        scalar: whether f returns one number a row; known after the first call.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        function: Callable[[Any], Any],
+        outputs: Sequence[int] | None,
+        per_call: int,
+    ) -> None:
+        self.op, self.per_call = op, max(1, per_call)
+        self.evaluations = 0
+        self._outputs = outputs
+        self._call = Outputs(f"{op}: f", function)
+
+    @property
+    def scalar(self) -> bool:
+        return self._call.scalar
+
+    def __call__(self, rows: Callable[[int, int], Any], count: int) -> Tensor:
+        """[count, o] float64; `rows(start, stop)` makes the rows of one call."""
+        parts = []
+        for start in range(0, count, self.per_call):
+            stop = min(start + self.per_call, count)
+            parts.append(self._call(rows(start, stop), stop - start))
+            self.evaluations += stop - start
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out if self._outputs is None else out[:, self._wanted(out.shape[1])]
+
+    def explicands(self, rows: Callable[[int, int], Any], count: int, check: bool) -> Tensor:
+        """[e, o]: f on the explicands, called twice to see whether f is deterministic."""
+        first = self(rows, count)
+        if check:
+            check_deterministic(self.op, first, self(rows, count))
+        return first
+
+    def _wanted(self, o: int) -> list[int]:
+        wanted = list(self._outputs or ())
+        bad = [c for c in wanted if not -o <= c < o]
+        if bad or not wanted:
+            got = f"outputs={wanted}"
+            msg = f"{self.op}: outputs must be numbers in [0, {o}), f has {o} outputs; got {got}."
+            raise ArgumentError(msg)
+        return wanted
