@@ -253,8 +253,8 @@ def _chosen(
     if any(isinstance(unit, Sequence) for unit in units):
         if layers is not None or not all(isinstance(u, Sequence) and len(u) == 2 for u in units):
             msg = (
-                f"{op}: {name}s are numbers, of each of the layers, or pairs (layer, {name}), which "
-                "leave no room for layers=. Pass one or the other."
+                f"{op}: {name}s are numbers, of each of the layers, or pairs (layer, {name}). Pass "
+                "numbers, with or without layers=, or pairs without it."
             )
             raise ArgumentError(msg)
         pairs: list[Any] = list(units)

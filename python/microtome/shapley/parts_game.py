@@ -144,4 +144,3 @@ class PartsGame:
         absent = (~present).nonzero().flatten().tolist()
         names = ", ".join(self.players.names[j] for j in absent[:3])
         return f"with {len(absent)} of {len(present)} players absent ({names}, ...)"
-

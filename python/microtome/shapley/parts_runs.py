@@ -66,7 +66,7 @@ class ForkedRuns:
             )  # fmt: skip
             nodes, stream, tokens = forks.run()
             tokens = tokens.cpu()
-            n, N = stream.shape[:2]
+            n = len(stream)
             row = (nodes[:, None] * b + tokens // t).flatten()  # [n * N]
             position = (tokens % t).repeat(n)
             own = None if self.columns is None else self.columns[row % b]

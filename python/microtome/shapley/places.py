@@ -35,7 +35,7 @@ class Mixed:
     def __call__(
         self, own: Tensor, at: Tensor, present: Tensor, tokens: Tensor, *, joins: bool
     ) -> Tensor:
-        """As tree.Change; a coalition is the span (0, 1) of an order that puts its members first."""
+        """As tree.Change; members have rank 0, and a coalition is the span (0, 1)."""
         m, N, w = len(at), own.shape[1], own.shape[2]
         table = torch.zeros(m, N, 5, dtype=torch.int32, device=own.device)
         table[..., 0] = (at * N).to(own.device)[:, None] + torch.arange(N, device=own.device)

@@ -95,7 +95,8 @@ class Forks:
         """Let the live runs part at a place, and those join that leave the base run there.
 
         Args:
-            layer, stage: the place.
+            layer: of the place.
+            stage: likewise.
             own: [c, N, w], the activation there of some live runs.
             at: [n] int64, which of these a run has; None for each its own.
             carried: other tensors of the live runs [n, N, w'], by the stage they are at.
@@ -209,9 +210,7 @@ class Forks:
         )
         return z.reshape(c, asking, width)
 
-    def mlp(
-        self, layer: int, block: Block, mid: Tensor, pre: Tensor | None, last: bool
-    ) -> Tensor:
+    def mlp(self, layer: int, block: Block, mid: Tensor, pre: Tensor | None, last: bool) -> Tensor:
         """The stream after the MLP, which reads `pre` if it is given, else mid."""
         if block.mlp is None or block.norm2 is None:
             return mid

@@ -110,7 +110,6 @@ class Tree:
             before = differs[:, i].cumsum(0) - 1
         return found
 
-
     def entries(self) -> Tensor:
         """[U] int64, the layer of the first place where somebody is absent; -1 for none."""
         layer = torch.full((len(self.present),), -1)
