@@ -79,7 +79,8 @@ class Forks:
             x, pre = self.attention(layer, block, x, last)
             x = self.stream(layer, "resid_mid", x)
             x = self.mlp(layer, block, x, pre, last)
-        return self.nodes, self.stream(len(blocks), "resid_pre", x), self.tokens
+        x = self.stream(len(blocks), "resid_pre", x)
+        return self.nodes, x, self.tokens
 
     # Forking
 
