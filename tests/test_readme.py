@@ -28,7 +28,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("0.")
 
 
-@pytest.mark.parametrize("page", ["training", "activations", "patching"])
+@pytest.mark.parametrize("page", ["training", "activations", "patching", "shapley_parts"])
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -41,6 +41,9 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
         assert (tmp_path / "resid_pre.png").exists()
         assert names["grid"].shape == names["sweep"].scores.shape == (4, 16)
         assert names["paths"].scores.shape == (4, 2)
+    elif page == "shapley_parts":
+        assert names["found"].check_additivity().shape == (2,)
+        assert len(names["neurons"].players) == 1024
     else:
         assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
         assert len(names["held_out"]) == 16

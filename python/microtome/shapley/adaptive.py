@@ -90,9 +90,10 @@ def adaptive(
     arXiv:1904.02868 (truncation).
 
     Example:
+        >>> import torch
         >>> from microtome.shapley import SetGame
         >>> weights = torch.zeros(40); weights[7] = 5.0; weights[3] = -4.0
-        >>> found = adaptive(SetGame(lambda inside: inside @ weights, 40), k=2)
+        >>> found = adaptive(SetGame(lambda inside: inside.float() @ weights, 40), k=2)
         >>> [top["player"] for top in found.top(2)]
         ['player 7', 'player 3']
     """
