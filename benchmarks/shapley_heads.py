@@ -24,6 +24,7 @@ from benchmarks.patching_case import ANSWERS, SWEEPS, Question, question, save_m
 from microtome.patching import logit_difference
 from microtome.shapley import ShapleyValues, parts, permutation
 from microtome.shapley.orders import design_of, ranks
+from microtome.shapley.parts_game import ROWS
 
 
 def ours(asked: Question, walks: int) -> Callable[[], Tensor]:
@@ -92,7 +93,7 @@ def permutations(p: int, walks: int) -> Iterator[Tensor]:
     It asks for them in rounds of as many units as fill `rows_per_round`.
     """
     plan = design_of("shapley_heads", "plain", p, walks)
-    each = max(1, parts.PartsGame.rows_per_round // plan.steps)
+    each = max(1, ROWS // plan.steps)
     for first in range(0, walks, each):
         yield from ranks(plan, 1, first, min(each, walks - first), 0)[0, :, 0].argsort(-1)
 

@@ -236,6 +236,18 @@ def test_results_do_not_depend_on_memory(gpt2: nn.Module) -> None:
     assert torch.allclose(one[0], wanted[1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["native", "blocks"])
+def test_coalitions_that_lack_nobody_or_late_players_only(gpt2: nn.Module, engine: str) -> None:
+    game = parts.heads(gpt2, CLEAN, CORRUPTED, METRIC, engine=engine)
+    present = torch.ones(2, 12, dtype=torch.bool)
+    assert torch.equal(game.value(present, EVERYONE), game.ends()[1][:, None].expand(2, 2, 1))
+    present[1, 11] = False
+    cells = writes(game, present, head(game))
+    wanted = naive_sweep(gpt2, CLEAN, CORRUPTED, difference, cells)
+    assert apart(game.value(present, EVERYONE), wanted) < 1e-9
+    assert game.value(present[:0], EVERYONE).shape == (2, 0, 1)
+
+
 def test_prompts_that_do_not_differ_have_no_effects(gpt2: nn.Module) -> None:
     same = CLEAN.clone()
     same[1] = CORRUPTED[1]

@@ -127,7 +127,7 @@ class MeanGame:
     def __init__(self, game: Game) -> None:
         self.game = game
         self.players, self.backgrounds, self.engine = game.players, game.backgrounds, game.engine
-        self.rows_per_round = max(1, game.rows_per_round // max(1, game.explicands))
+        self.rows_per_round = game.rows_per_round
 
     @property
     def evaluations(self) -> int:

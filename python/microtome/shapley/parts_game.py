@@ -19,6 +19,8 @@ from microtome.shapley.coalitions import members
 from microtome.shapley.parts_runs import ForkedRuns, HookedRuns
 from microtome.shapley.players import Players
 
+ROWS = 1 << 11  # patched prompts between two looks at the clock
+
 
 class PartsGame:
     """v(S) = the metric of the clean run with every part outside S replaced; one game a prompt.
@@ -38,7 +40,6 @@ class PartsGame:
     """
 
     backgrounds = 1
-    rows_per_round = 1 << 11
     scalar = True
 
     def __init__(
@@ -57,11 +58,11 @@ class PartsGame:
         self._engine = engine
         self.places = tuple(sorted(places, key=lambda place: place.key))
         self.explicands = engine.shape.b
+        self.rows_per_round = max(1, ROWS // engine.shape.b)
         self.evaluations = 0
         self.engine, self.note = engine.name, engine.note
         self._start = start
         self._metric = as_metric(op, metric)
-        self._lazy: Metric | None = None  # the metric with what it reads, if that is known
         self._ready(traced(engine, self._metric) if self._metric.whole else self._metric)
         self.unpatched = self._measure(self._own[None].clone(), lambda _: "of the clean run")[0]
         self._ends: tuple[Tensor, Tensor] | None = None

@@ -122,7 +122,9 @@ class Forks:
             of = parent[joins:] if at is None else at[parent[joins:]]
             own = own if len(own) else base  # nothing of it is kept then
             parts.append(change(own, of, present[joins:], self.tokens, joins=False))
-        new = torch.cat(parts) if len(parts) != 1 else parts[0]
+        if not parts:  # everybody is in so far
+            parts.append(base[:0])
+        new = torch.cat(parts) if len(parts) > 1 else parts[0]
         moved = [
             self._spread(x, self.base.site(layer, name), parent[joins:], joins)
             for name, x in carried.items()
