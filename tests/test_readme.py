@@ -28,7 +28,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("0.")
 
 
-@pytest.mark.parametrize("page", ["training", "activations", "patching", "shapley"])
+PAGES = ["training", "activations", "patching", "shapley", "shapley_parts"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -46,6 +49,9 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
         assert pictures == {"swarm", "one", "text", "image", "series"}
         assert names["phi"].values.shape == (4, 6, 1)
         assert names["by_group"].values.shape == (4, 2)
+    elif page == "shapley_parts":
+        assert names["found"].check_additivity().shape == (2,)
+        assert len(names["neurons"].players) == 1024
     else:
         assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
         assert len(names["held_out"]) == 16

@@ -150,7 +150,7 @@ def execute(
     """
     if job.metric.whole:
         with suppress(BeyondError):
-            return _execute(op, engine, job, _traced(engine, job), memory, progress, resume)
+            return _execute(op, engine, job, traced(engine, job.metric), memory, progress, resume)
     return _execute(op, engine, job, job.metric, memory, progress, resume)
 
 
@@ -178,11 +178,11 @@ def recorded(engine: Engine, measure: Callable[[Any], Any], like: Tensor) -> Rea
     return reads_of(measure, (b, engine.shape.t, engine.vocabulary), like, fetch)
 
 
-def _traced(engine: Engine, job: Job) -> Metric:
+def traced(engine: Engine, metric: Metric) -> Metric:
     """A metric that takes all logits as one that takes what it reads of the unpatched run."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
     like = engine.unpatched(zero[0], zero, zero)
-    measure = lambda logits: job.metric.measure(logits, logits)  # noqa: E731
+    measure = lambda logits: metric.measure(logits, logits)  # noqa: E731
     reads = recorded(engine, measure, like)
     whole = engine.shape.b, engine.shape.t, engine.vocabulary
 
@@ -193,7 +193,7 @@ def _traced(engine: Engine, job: Job) -> Metric:
         return out
 
     tokens = None if reads.tokens is None else reads.tokens[None]
-    return replace(job.metric, measure=measure_one, tokens=tokens, positions=reads.positions[None])
+    return replace(metric, measure=measure_one, tokens=tokens, positions=reads.positions[None])
 
 
 def _execute(

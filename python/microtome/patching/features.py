@@ -110,9 +110,9 @@ def sweep_features(
         attention_mask, precision, memory, engine, needs_both=op == "replace",
     )  # fmt: skip
     shape = ready.shape
-    own, other = _code(sae, x[: shape.b * shape.t]), None
+    own, other = dense_code(sae, x[: shape.b * shape.t]), None
     if op == "replace":
-        other = _code(sae, x[shape.b * shape.t :])
+        other = dense_code(sae, x[shape.b * shape.t :])
     new = {"replace": other, "zero": 0.0 * own, "scale": factor * own, "add": own + factor}[op]
     assert new is not None
     change = (new - own).unflatten(0, (shape.b, shape.t))  # [b, t, f]
@@ -280,8 +280,8 @@ def _digest(sae: Any) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _code(sae: Any, x: Tensor) -> Tensor:
-    """[n, f], dense, in x's dtype."""
+def dense_code(sae: Any, x: Tensor) -> Tensor:
+    """[n, f], what an autoencoder makes of x [n, d], dense, in x's dtype."""
     with torch.no_grad():
         code = sae.encode(x)
     dense: Tensor = code if isinstance(code, Tensor) else code.to_dense()

@@ -6,7 +6,7 @@ base run's stream. That this gives the model's own output is verified once, befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -103,7 +103,7 @@ class HookEngine:
                 names,
                 self.tokens,
                 attention_mask=self.mask,
-                batch_size=min(self._rows(), len(self.tokens)),
+                batch_size=min(self.rows_at_once(), len(self.tokens)),
             )
             self._held[stage] = [packed(stage, found[name]) for name in names]
         return self._held[stage][layer]
@@ -115,7 +115,7 @@ class HookEngine:
     def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
         """[p, m, c]: logits of some prompts of the run at positions slots [p, m]."""
         parts = []
-        for some in prompts.split(self._rows()):
+        for some in prompts.split(self.rows_at_once()):
             logits = self._logits(some)
             parts.append(
                 chosen(
@@ -132,7 +132,7 @@ class HookEngine:
         entry, _ = plan.entries()
         layer = torch.where(entry < 0, -1, entry // len(STAGES))
         for at in layer[layer >= 0].unique().tolist():
-            for rows in (layer == at).nonzero().flatten().split(self._rows()):
+            for rows in (layer == at).nonzero().flatten().split(self.rows_at_once()):
                 logits = self._run(plan.take(rows), min(at, self.shape.layers - 1))
                 prompt = plan.example[rows]
                 own = None if columns is None else columns[prompt]
@@ -147,40 +147,59 @@ class HookEngine:
     def _run(self, plan: Plan, start: int) -> Tensor:
         """[r, t, vocabulary]: a forward with one row for each row of the plan."""
         keys = plan.writes.layer * len(STAGES) + plan.writes.stage
+        visits: list[tuple[int, str, Callable[[Tensor], Tensor]]] = []
+        for key in keys.unique().tolist():
+            at, stage = key // len(STAGES), STAGES[key % len(STAGES)]
+            writes = plan.writes.select(keys == key)
+            sources = plan.sources.get((at, stage))
+
+            def visit(x: Tensor, w: Any = writes, s: Any = sources) -> Tensor:
+                table = torch.stack((w.row, w.position, w.lo, w.hi, w.source, w.op), 1)
+                cut = torch.arange(len(x))[:, None] * torch.tensor([1, 0, 0])
+                cut[:, 2] = x.shape[1]
+                exact = torch.promote_types(x.dtype, torch.float32)
+                s = x.new_empty(0, x.shape[2]) if s is None else s
+                new = patch_rows(
+                    x.to(exact),
+                    s.to(exact),
+                    cut.int().to(x.device),
+                    table.int().to(x.device),
+                    w.factor.to(x.device, exact),
+                )
+                return new.to(x.dtype)
+
+            visits.append((at, stage, visit))
+        return self.forward(plan.example, start, visits)
+
+    def forward(
+        self,
+        prompts: Tensor,
+        start: int,
+        visits: Iterable[tuple[int, str, Callable[[Tensor], Tensor]]],
+    ) -> Tensor:
+        """[r, t, vocabulary]: one forward over some prompts with activations changed.
+
+        Args:
+            prompts: [r] int64, of the run, repeats welcome.
+            start: no change lies below this block, so that those below it may be left out.
+            visits: (layer, stage, function of [r, t, w]); layer L stands for the end of the last.
+        """
         with ExitStack() as stack:
             if self.name == "blocks" and start > 0:
                 stream = self.activation(start, "resid_pre").unflatten(0, (-1, self.shape.t))
-                stack.enter_context(self._skipped(start, stream[plan.example]))
-            for key in keys.unique().tolist():
-                at, stage = key // len(STAGES), STAGES[key % len(STAGES)]
-                writes = plan.writes.select(keys == key)
-                name = (
-                    self._site(stage, at)
-                    if at < self.shape.layers
-                    else self._site("resid_post", at - 1)
-                )
-                sources = plan.sources.get((at, stage))
+                stack.enter_context(self._skipped(start, stream[prompts]))
+            for at, stage, function in visits:
+                inside = at < self.shape.layers
+                name = self._site(stage, at) if inside else self._site("resid_post", at - 1)
 
                 def visit(
-                    x: Tensor, w: Any = writes, stage: str = stage, s: Any = sources
+                    x: Tensor, stage: str = stage, f: Callable[[Tensor], Tensor] = function
                 ) -> Tensor:
-                    held = packed(stage, x).unflatten(0, (len(x), -1))  # [r, t, w]
-                    table = torch.stack((w.row, w.position, w.lo, w.hi, w.source, w.op), 1)
-                    cut = torch.arange(len(x))[:, None] * torch.tensor([1, 0, 0])
-                    cut[:, 2] = held.shape[1]
-                    exact = torch.promote_types(held.dtype, torch.float32)
-                    s = held.new_empty(0, held.shape[2]) if s is None else s
-                    new = patch_rows(
-                        held.to(exact),
-                        s.to(exact),
-                        cut.int().to(x.device),
-                        table.int().to(x.device),
-                        w.factor.to(x.device, exact),
-                    )
-                    return unpacked(stage, new.to(x.dtype), x)
+                    held = packed(stage, x).unflatten(0, (len(x), -1))
+                    return unpacked(stage, f(held), x)
 
                 stack.enter_context(splice(self.model, name, visit))
-            return self._logits(plan.example)
+            return self._logits(prompts)
 
     def _logits(self, prompts: Tensor) -> Tensor:
         """[p, t, vocabulary] in eval mode, without gradients."""
@@ -233,7 +252,7 @@ class HookEngine:
                 )
         return ""
 
-    def _rows(self) -> int:
+    def rows_at_once(self) -> int:
         """Rows in one forward, by the memory of a block's widest activation and the logits."""
         wide = 16 * self.shape.d + self.shape.heads * self.shape.t + self.vocabulary
         floats = self.shape.t * wide

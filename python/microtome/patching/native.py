@@ -93,7 +93,7 @@ class NativeEngine:
             at = prompts[:, None] * self.shape.t + slots  # [p, m]
             stream = self.run.final[at.to(self.run.final.device).flatten()]
             own = None if columns is None else columns.repeat_interleave(slots.shape[1], 0)
-            return self._logits(stream, own).unflatten(0, tuple(slots.shape))
+            return self.unembedded(stream, own).unflatten(0, tuple(slots.shape))
 
     def patched(
         self, plan: Plan, slots: Tensor, columns: Tensor | None
@@ -117,12 +117,12 @@ class NativeEngine:
             prompt = plan.example[row]
             own = None if columns is None else columns[prompt]
             with torch.no_grad():
-                logits = self._logits(final.stream, own)
+                logits = self.unembedded(final.stream, own)
             # A position may be read at several slots.
             at, slot = (final.position.cpu()[:, None] == slots[prompt]).nonzero(as_tuple=True)
             yield row[at], slot, logits[at.to(logits.device)]
 
-    def _logits(self, stream: Tensor, columns: Tensor | None) -> Tensor:
+    def unembedded(self, stream: Tensor, columns: Tensor | None) -> Tensor:
         """[N, d] -> [N, c], each row its own columns [N, c]."""
         stack = self.runner.stack
         if columns is None:

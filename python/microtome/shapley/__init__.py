@@ -1,8 +1,9 @@
 """Shapley values of inputs and of a model's own parts: exact, sampled, in closed form."""
 
-from microtome.shapley import plots
+from microtome.shapley import parts, plots
+from microtome.shapley.adaptive import adaptive
 from microtome.shapley.exact import exact
-from microtome.shapley.game import Game, SetGame
+from microtome.shapley.game import Game, MeanGame, SetGame
 from microtome.shapley.image import image_game
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.kernel import kernel
@@ -15,13 +16,16 @@ from microtome.shapley.text import explain_text, text_game
 __all__ = [
     "Game",
     "InputGame",
+    "MeanGame",
     "Players",
     "SetGame",
     "ShapleyValues",
+    "adaptive",
     "exact",
     "explain_text",
     "image_game",
     "kernel",
+    "parts",
     "permutation",
     "plots",
     "series_game",

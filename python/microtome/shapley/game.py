@@ -120,3 +120,45 @@ class SetGame:
         parts = inside.split(self.per_call or max(1, len(inside)))
         out = [self._call(part, len(part)) for part in parts]
         return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class MeanGame:
+    """The mean of a game over its explicands, as a game of one.
+
+    Shapley values are linear in the game, so the values of the mean are the means of the values;
+    their standard errors hold for the mean, where walks shared by all explicands make the errors of
+    single ones depend on each other.
+
+    Args:
+        game: with any number of explicands.
+
+    Example:
+        >>> game = MeanGame(SetGame(lambda inside: inside.sum(1) ** 2, 3))
+        >>> game.explicands
+        1
+    """
+
+    explicands = 1
+
+    def __init__(self, game: Game) -> None:
+        self.game = game
+        self.players, self.backgrounds, self.engine = game.players, game.backgrounds, game.engine
+        self.rows_per_round = game.rows_per_round
+
+    @property
+    def evaluations(self) -> int:
+        return self.game.evaluations
+
+    @property
+    def scalar(self) -> bool:
+        return self.game.scalar
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The empty coalition [1, n, o] and the full one [1, o]."""
+        empty, full = self.game.ends()
+        return empty.mean(0, keepdim=True), full.mean(0, keepdim=True)
+
+    def values(self, ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:
+        everyone = torch.arange(self.game.explicands)
+        mean = self.game.values(ranks, spans, everyone).mean(0, keepdim=True)
+        return mean.expand(len(who), -1, -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from microtome.models.native.block import Block, Stack
 from microtome.models.native.linear import Base
+from microtome.models.native.rows import Rows
 from microtome.ops import cascade_attention
 
 
@@ -155,6 +156,31 @@ def attend(
     return cascade_attention(
         q, k, v, base[0], base[1], rows, positions, first, block.scale, block.softcap, block.window
     )
+
+
+def project(
+    base: BaseRun, layer: int, rows: Rows, x: Tensor, keep: Tensor | None, *, delta: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the tokens kept, keys and values of all, before rotation.
+
+    Args:
+        base: the base run that the rows differ from.
+        layer: which.
+        rows: whose tokens these are.
+        x: [T, d], their stream.
+        keep: [q] int64, the tokens that ask, or None for all.
+        delta: multiply differences in bf16.
+    """
+    block, kept = base.stack.blocks[layer], base.layers[layer]
+    hidden = block.norm1(x)
+    under = kept.qkv_base(rows.index, rows.offset) if delta else None
+    if keep is None:
+        return block.split(block.qkv(hidden, base=under))
+    cut, end = block.heads * block.d_head, block.qkv.out_features
+    if under is not None:
+        under = Base(under.x, under.y[:, cut:].contiguous(), under.index, under.exact)
+    q = block.queries(block.qkv.columns(0, cut)(hidden[keep]))
+    return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=under))
 
 
 def run_base(stack: Stack, entry: Tensor, first: Tensor, *, differences: bool) -> BaseRun:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microtome.models.native.base import BaseRun, Layer, attend
+from microtome.models.native.base import BaseRun, Layer, attend, project
 from microtome.models.native.block import Block
 from microtome.models.native.changes import Changes
-from microtome.models.native.linear import Base
 from microtome.models.native.patterned import patterned
 from microtome.models.native.plan import STAGES, Plan
 from microtome.models.native.rows import Rows
@@ -207,7 +206,7 @@ class Wave:
             z = kept.z[asking]
             return patterned(self.base, self.at, layer, rows, keep, z, None)
         if x is not None:
-            q, k, v = self.project(layer, rows, x, keep)
+            q, k, v = project(self.base, layer, rows, x, keep, delta=self.delta)
         else:
             q, k, v = (
                 self.at.join(layer, stage, rows).unflatten(-1, (-1, block.d_head))
@@ -232,21 +231,6 @@ class Wave:
         if self.at.touched(layer, "pattern", rows):
             z = patterned(self.base, self.at, layer, rows, keep, z, (q, k, v))
         return z
-
-    def project(
-        self, layer: int, rows: Rows, x: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the tokens kept, keys and values of all, before rotation."""
-        block, kept = self.base.stack.blocks[layer], self.base.layers[layer]
-        hidden = block.norm1(x)
-        base = kept.qkv_base(rows.index, rows.offset) if self.delta else None
-        if keep is None:
-            return block.split(block.qkv(hidden, base=base))
-        cut, end = block.heads * block.d_head, block.qkv.out_features
-        if base is not None:
-            base = Base(base.x, base.y[:, cut:].contiguous(), base.index, base.exact)
-        q = block.queries(block.qkv.columns(0, cut)(hidden[keep]))
-        return q, *block.keys_values(block.qkv.columns(cut, end)(hidden, base=base))
 
     def swapped(self, layer: int, rows: Rows, last: bool) -> tuple[Rows, Tensor, Tensor]:
         """Rows that replace one position of the stream: of every softmax one key changes."""
