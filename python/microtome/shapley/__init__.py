@@ -1,6 +1,8 @@
 """Shapley values of inputs and of a model's own parts: exact, sampled, in closed form."""
 
+from microtome.shapley.closed import closed
 from microtome.shapley.exact import exact
+from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.kernel import kernel
@@ -14,7 +16,9 @@ __all__ = [
     "Players",
     "SetGame",
     "ShapleyValues",
+    "closed",
     "exact",
+    "explain",
     "kernel",
     "permutation",
 ]
