@@ -2,7 +2,9 @@
 
 from microtome.shapley import parts, plots
 from microtome.shapley.adaptive import adaptive
+from microtome.shapley.closed import closed
 from microtome.shapley.exact import exact
+from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, MeanGame, SetGame
 from microtome.shapley.image import image_game
 from microtome.shapley.inputs import InputGame
@@ -21,7 +23,9 @@ __all__ = [
     "SetGame",
     "ShapleyValues",
     "adaptive",
+    "closed",
     "exact",
+    "explain",
     "explain_text",
     "image_game",
     "kernel",

@@ -155,8 +155,8 @@ class Drawn:
         if whole > _TABLE * most:
             return None
         table = _table(p, s, whole)
-        if most == whole:
-            return table[have:count].expand(self.rows, -1, -1)
+        if have == 0 and count == whole:
+            return table.expand(self.rows, -1, -1)
         stream = generator(self.seed, "coalitions", s, self.first)
         order = torch.argsort(torch.rand(self.rows, whole, generator=stream), dim=1)
         return table[order[:, have:count]]
