@@ -227,24 +227,26 @@ struct MlpLevel {
     static void evaluate(const Mlp& mlp, const WalkStep* steps, int64_t count, char* memory, float* values) {
         Scratch s;
         divide<Level>(mlp, memory, s);
-        const int64_t most = kTile * Level::kRows, tiles = (count + most - 1) / most;
         const int64_t width = mlp.last ? padded(mlp.last_inputs) : padded(mlp.o);
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t from = part_start(count, t, tiles, Level::kGranule);
-            const int64_t rows = part_start(count, t + 1, tiles, Level::kGranule) - from;
-            const int64_t slivers = (rows + Level::kRows - 1) / Level::kRows;
+        const bool lists = kLists && mlp.middles && mlp.middle[0].skips;
+        for (int64_t from = 0; from < count;) {
+            int64_t at[kTile + 1] = {}, slivers = 0;  // sliver v has the tile's rows at[v] .. at[v + 1] - 1
+            for (; slivers < kTile && from + at[slivers] < count; ++slivers) {
+                const int64_t row = from + at[slivers];
+                at[slivers + 1] = at[slivers] + next_sliver(steps + row, count - row, lists);
+            }
             for (int64_t v = 0; v < slivers; ++v) {
-                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
-                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
+                const WalkStep* first = steps + from + at[v];
                 if (mlp.middles) {
-                    first_layer<Level>(mlp, s, steps + from + at, n, s.rows, sink(mlp, s, 0, v, at, n));
+                    first_layer<Level>(mlp, s, first, at[v + 1] - at[v], s.rows, sink(mlp, s, 0, v, at));
                 } else {
-                    float* plain = s.rows + at * width;
-                    first_layer<Float32>(mlp, s, steps + from + at, n, plain, plain_rows(plain, width));
+                    float* plain = s.rows + at[v] * width;
+                    first_layer<Float32>(mlp, s, first, at[v + 1] - at[v], plain, plain_rows(plain, width));
                 }
             }
-            for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, rows, slivers);
-            last_layer(mlp, s.rows, rows, values + from * mlp.o);
+            for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, at, slivers);
+            last_layer(mlp, s.rows, at[slivers], values + from * mlp.o);
+            from += at[slivers];
         }
         if (mlp.last) activate_all(mlp.last_activation, values, count * mlp.o);
     }
@@ -252,15 +254,28 @@ struct MlpLevel {
   private:
     static constexpr bool kLists = Panel::kEntries == 1;
 
-    // Where sliver v, `count` rows from row `at` of the tile, stands as the input of middle layer l.
-    static Sink sink(const Mlp& mlp, const Scratch& s, int64_t l, int64_t v, int64_t at, int64_t count) {
+    // How many of the `left` steps make the next sliver: parts as even as granules allow of all of them or, where
+    // entries are listed, of one walk, since a jump between two walks leaves fewer entries zero.
+    static int64_t next_sliver(const WalkStep* steps, int64_t left, bool lists) {
+        int64_t reach = left;
+        if (lists) {
+            int64_t walk = 1;
+            while (walk < left && !steps[walk].anew) ++walk;
+            if (walk >= Level::kRows / 2) reach = walk;
+        }
+        const int64_t parts = (reach + Level::kRows - 1) / Level::kRows;
+        return part_start(reach, 1, parts, Level::kGranule);
+    }
+
+    // Where sliver v of a tile stands as the input of middle layer l.
+    static Sink sink(const Mlp& mlp, const Scratch& s, int64_t l, int64_t v, const int64_t* at) {
         const MiddleLayer& layer = mlp.middle[l];
         uint16_t* seen = s.seen[l % 2] + v * (padded(layer.inputs) / 16);
-        return {s.lines[l % 2] + at * Level::row_bytes(padded(layer.inputs)), kLine, count * kLine,
+        return {s.lines[l % 2] + at[v] * Level::row_bytes(padded(layer.inputs)), kLine, (at[v + 1] - at[v]) * kLine,
                 kLists && layer.skips ? seen : nullptr};
     }
 
-    static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, int64_t rows, int64_t slivers) {
+    static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, const int64_t* at, int64_t slivers) {
         const MiddleLayer& layer = mlp.middle[l];
         const bool last = l + 1 == mlp.middles, listed = kLists && layer.skips;
         const int64_t inputs = padded(layer.inputs), outputs = padded(layer.outputs), stride = inputs + 16;
@@ -272,9 +287,8 @@ struct MlpLevel {
         for (int64_t panel = 0; panel < outputs / kPanelLanes; ++panel) {
             const char* weights = static_cast<const char*>(layer.packed) + panel * Level::panel_bytes(layer.inputs);
             for (int64_t v = 0; v < slivers; ++v) {
-                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
-                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
-                const char* lines = s.lines[l % 2] + at * Level::row_bytes(inputs);
+                const int64_t n = at[v + 1] - at[v];
+                const char* lines = s.lines[l % 2] + at[v] * Level::row_bytes(inputs);
                 if constexpr (kLists) {
                     if (listed) multiply_listed<Panel>(n, lines, weights, s.list + v * stride, counts[v], s.sums);
                 }
@@ -285,10 +299,9 @@ struct MlpLevel {
                 const float* bias = layer.bias + panel * kPanelLanes;
                 if (last) {
                     emit_any<Float32>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
-                                      plain_rows(s.rows + at * outputs, outputs));
+                                      plain_rows(s.rows + at[v] * outputs, outputs));
                 } else {
-                    emit_any<Level>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
-                                    sink(mlp, s, l + 1, v, at, n));
+                    emit_any<Level>(layer.activation, s.sums, kPanelLanes, bias, n, panel, sink(mlp, s, l + 1, v, at));
                 }
             }
         }
