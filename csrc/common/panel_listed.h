@@ -30,11 +30,10 @@ inline vf either(vf a, vf b) { return _mm256_or_ps(a, b); }
 #else
 typedef unsigned lanes_of_vf __attribute__((vector_size(sizeof(vf))));
 inline unsigned nonzero(const vf (&bits)[kParts]) {
+    uint32_t lanes[16];
+    std::memcpy(lanes, bits, sizeof lanes);
     unsigned mask = 0;
-    for (int part = 0; part < kParts; ++part) {
-        const auto lanes = reinterpret_cast<lanes_of_vf>(bits[part]);
-        for (int j = 0; j < kWidth; ++j) mask |= (lanes[j] != 0 ? 1u : 0u) << (part * kWidth + j);
-    }
+    for (int j = 0; j < 16; ++j) mask |= (lanes[j] != 0 ? 1u : 0u) << j;
     return mask;
 }
 inline vf either(vf a, vf b) {

@@ -19,7 +19,9 @@ namespace microtome::test {
     X(attention_reads_the_right_keys_at_every_level)         \
     X(one_swapped_key_answers_as_a_whole_run_at_every_level) \
     X(patches_land_where_the_table_says)                     \
-    X(attribution_scores_are_right_at_every_level)
+    X(attribution_scores_are_right_at_every_level)           \
+    X(walks_through_a_network_are_right_at_every_level)      \
+    X(an_order_that_is_no_permutation_leaves_the_output_alone)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
