@@ -25,6 +25,8 @@ inline int64_t panels_of(int64_t width) { return (width + kPanelLanes - 1) / kPa
 inline int64_t padded(int64_t width) { return panels_of(width) * kPanelLanes; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+alignas(64) constexpr float kNoBias[kPanelLanes] = {};
+
 // Where rows go, a line at a time: lines + r * row + c * line, in bytes. seen [lines], where it is wanted, gets a bit
 // for each entry of four bytes that is not zero in every row.
 struct Sink {
@@ -136,13 +138,13 @@ void emit(const float* rows, int64_t stride, const float* bias, int64_t count, i
     for (int l = 0; l < kLines; ++l) to.seen[first_line + l] = static_cast<uint16_t>(nonzero(seen[l]));
 }
 
-template <class Format, int code = 0>
-inline void emit_any(int wanted, const float* rows, int64_t stride, const float* bias, int64_t count, int64_t panel,
-                     const Sink& to) {
-    if (wanted == code) return emit<code, Format>(rows, stride, bias, count, panel, to);
-    if constexpr (code + 1 < kActivations) {
-        emit_any<Format, code + 1>(wanted, rows, stride, bias, count, panel, to);
-    }
+// The same for any activation. Others than light ones are computed in `rows`, which lie together.
+template <class Format>
+inline void finish_rows(int code, float* rows, const float* bias, int64_t count, int64_t panel, const Sink& to) {
+    if (code == kRelu) return emit<kRelu, Format>(rows, kPanelLanes, bias, count, panel, to);
+    if (code == kIdentity) return emit<kIdentity, Format>(rows, kPanelLanes, bias, count, panel, to);
+    activate_any(code, rows, bias, count * kPanelLanes);
+    emit<kIdentity, Format>(rows, kPanelLanes, kNoBias, count, panel, to);
 }
 
 // Plain rows, a line of sixteen floats after another.
@@ -156,10 +158,10 @@ void first_layer(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_
     if (mlp.first_activation == kRelu) return walk<kRelu, Format>(mlp, s, steps, count, 0, to);
     const int64_t width = padded(mlp.first_outputs);
     walk<kIdentity, Float32>(mlp, s, steps, count, 0, plain_rows(rows, width));
-    if (mlp.first_activation == kIdentity && reinterpret_cast<char*>(rows) == to.lines) return;
-    alignas(64) const float none[kPanelLanes] = {};
+    if (mlp.first_activation != kIdentity) activate_any(mlp.first_activation, rows, kNoBias, count * width);
+    if (reinterpret_cast<char*>(rows) == to.lines) return;
     for (int64_t panel = 0; panel < width / kPanelLanes; ++panel) {
-        emit_any<Format>(mlp.first_activation, rows + panel * kPanelLanes, width, none, count, panel, to);
+        emit<kIdentity, Format>(rows + panel * kPanelLanes, width, kNoBias, count, panel, to);
     }
 }
 
@@ -170,17 +172,6 @@ inline void last_layer(const Mlp& mlp, const float* rows, int64_t count, float* 
         for (int64_t j = 0; j < mlp.o; ++j) {
             values[r * mlp.o + j] = mlp.last ? dot(rows, mlp.last + j * width, width) + mlp.last_bias[j] : rows[j];
         }
-    }
-}
-
-template <int code = 0>
-inline void activate_all(int wanted, float* values, int64_t count) {
-    if (wanted == code) {
-        int64_t i = 0;
-        for (; i + kWidth <= count; i += kWidth) store(values + i, activate<code>(load(values + i)));
-        if (i < count) store_n(values + i, activate<code>(load_n(values + i, count - i)), count - i);
-    } else if constexpr (code + 1 < kActivations) {
-        activate_all<code + 1>(wanted, values, count);
     }
 }
 
@@ -248,7 +239,7 @@ struct MlpLevel {
             last_layer(mlp, s.rows, at[slivers], values + from * mlp.o);
             from += at[slivers];
         }
-        if (mlp.last) activate_all(mlp.last_activation, values, count * mlp.o);
+        if (mlp.last) activate_any(mlp.last_activation, values, kNoBias, count * mlp.o);
     }
 
   private:
@@ -298,10 +289,10 @@ struct MlpLevel {
                 }
                 const float* bias = layer.bias + panel * kPanelLanes;
                 if (last) {
-                    emit_any<Float32>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
-                                      plain_rows(s.rows + at[v] * outputs, outputs));
+                    finish_rows<Float32>(layer.activation, s.sums, bias, n, panel,
+                                         plain_rows(s.rows + at[v] * outputs, outputs));
                 } else {
-                    emit_any<Level>(layer.activation, s.sums, kPanelLanes, bias, n, panel, sink(mlp, s, l + 1, v, at));
+                    finish_rows<Level>(layer.activation, s.sums, bias, n, panel, sink(mlp, s, l + 1, v, at));
                 }
             }
         }
