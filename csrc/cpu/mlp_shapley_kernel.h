@@ -14,7 +14,8 @@
 namespace microtome::cpu {
 namespace {
 
-constexpr int64_t kTile = 4;  // slivers that pass a panel while it is in the first-level cache
+constexpr int64_t kTile = 4;      // slivers that pass a panel while it is in the first-level cache
+constexpr int64_t kMostDots = 4;  // outputs; more of them are computed from stored rows
 #if defined(__AVX512F__)
 constexpr int kGroups = 4;  // panels of sums that a walk keeps in registers
 #else
@@ -57,7 +58,7 @@ char* divide(const Mlp& mlp, char* memory, Scratch& s) {
     s.start = floats(first);
     s.gains = floats(first * (mlp.p + 1));
     s.state = floats(first);
-    s.rows = floats(rows * larger(first, padded(mlp.last_inputs)));
+    s.rows = floats(rows * larger(larger(first, padded(mlp.last_inputs)), kMostDots * 16));
     s.sums = floats(Level::kRows * kPanelLanes);
     for (int j = 0; j < 2; ++j) {
         s.lines[j] = take(rows * Level::row_bytes(widest) + kPanelSlack);
@@ -165,6 +166,40 @@ void first_layer(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_
     }
 }
 
+// The last product begins where the sums of the one before end: out [rows][o][16] gathers, lane by lane, the products
+// of ReLU(sums + bias) with the rows of `last` [o, stride], in the order of simd.h's `dot`.
+struct ReluDots {
+    const float *bias, *last;
+    int64_t stride, o;
+    float* out;
+    int64_t column;
+    ReluDots at(int64_t from) const { return {bias, last, stride, o, out, column + from}; }
+    void operator()(int r, vf left, vf right) const {
+        const vf a = max(zero(), add(left, load(bias + column))),
+                 b = max(zero(), add(right, load(bias + column + kWidth)));
+        float* to = out + r * o * 16;
+        const float* w = last + column;
+        for (int64_t j = 0; j < o; ++j, to += 16, w += stride) {
+            if constexpr (kParts == 1) {
+                store(to, fma(b, load(w + kWidth), fma(a, load(w), load(to))));
+            } else {
+                float *one = to + column % 16, *other = to + (column + kWidth) % 16;
+                store(one, fma(a, load(w), load(one)));
+                store(other, fma(b, load(w + kWidth), load(other)));
+            }
+        }
+    }
+};
+
+// values [count, o] from the sums that ReluDots left.
+inline void fold_dots(const Mlp& mlp, const float* out, int64_t count, float* values) {
+    for (int64_t i = 0; i < count * mlp.o; ++i, out += 16) {
+        vf lanes[kParts];
+        for (int part = 0; part < kParts; ++part) lanes[part] = load(out + part * kWidth);
+        values[i] = fold(lanes) + mlp.last_bias[i % mlp.o];
+    }
+}
+
 // values [count, o] = the last layer of rows [count, inputs].
 inline void last_layer(const Mlp& mlp, const float* rows, int64_t count, float* values) {
     const int64_t width = padded(mlp.last ? mlp.last_inputs : mlp.o);
@@ -236,7 +271,11 @@ struct MlpLevel {
                 }
             }
             for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, at, slivers);
-            last_layer(mlp, s.rows, at[slivers], values + from * mlp.o);
+            if (has_dots(mlp)) {
+                fold_dots(mlp, s.rows, at[slivers], values + from * mlp.o);
+            } else {
+                last_layer(mlp, s.rows, at[slivers], values + from * mlp.o);
+            }
             from += at[slivers];
         }
         if (mlp.last) activate_any(mlp.last_activation, values, kNoBias, count * mlp.o);
@@ -244,6 +283,10 @@ struct MlpLevel {
 
   private:
     static constexpr bool kLists = Panel::kEntries == 1;
+
+    static bool has_dots(const Mlp& mlp) {
+        return kLists && mlp.middles && mlp.o <= kMostDots && mlp.middle[mlp.middles - 1].activation == kRelu;
+    }
 
     // How many of the `left` steps make the next sliver: parts as even as granules allow of all of them or, where
     // entries are listed, of one walk, since a jump between two walks leaves fewer entries zero.
@@ -268,26 +311,38 @@ struct MlpLevel {
 
     static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, const int64_t* at, int64_t slivers) {
         const MiddleLayer& layer = mlp.middle[l];
-        const bool last = l + 1 == mlp.middles, listed = kLists && layer.skips;
+        const bool last = l + 1 == mlp.middles, dots = last && has_dots(mlp);
         const int64_t inputs = padded(layer.inputs), outputs = padded(layer.outputs), stride = inputs + 16;
         int64_t counts[kTile];
-        for (int64_t v = 0; v < slivers && listed; ++v) {
-            counts[v] =
-                list_bits(s.seen[l % 2] + v * (inputs / 16), Level::row_bytes(inputs) / kLine, s.list + v * stride);
+        for (int64_t v = 0; v < slivers && kLists; ++v) {
+            int32_t* list = s.list + v * stride;
+            if (layer.skips) {
+                counts[v] = list_bits(s.seen[l % 2] + v * (inputs / 16), Level::row_bytes(inputs) / kLine, list);
+            } else {
+                counts[v] = Level::panel_bytes(layer.inputs) / kStep;
+                for (int64_t k = 0; k < counts[v]; ++k) list[k] = static_cast<int32_t>(k);
+            }
         }
+        if (dots) std::memset(s.rows, 0, static_cast<size_t>(at[slivers] * mlp.o * 16) * sizeof(float));
         for (int64_t panel = 0; panel < outputs / kPanelLanes; ++panel) {
             const char* weights = static_cast<const char*>(layer.packed) + panel * Level::panel_bytes(layer.inputs);
+            const float* bias = layer.bias + panel * kPanelLanes;
             for (int64_t v = 0; v < slivers; ++v) {
                 const int64_t n = at[v + 1] - at[v];
                 const char* lines = s.lines[l % 2] + at[v] * Level::row_bytes(inputs);
                 if constexpr (kLists) {
-                    if (listed) multiply_listed<Panel>(n, lines, weights, s.list + v * stride, counts[v], s.sums);
-                }
-                if (!listed) {
+                    const int32_t* list = s.list + v * stride;
+                    if (dots) {
+                        const ReluDots tail = {
+                            layer.bias, mlp.last, outputs, mlp.o, s.rows + at[v] * mlp.o * 16, panel * kPanelLanes};
+                        multiply_listed<Panel>(n, lines, weights, list, counts[v], s.sums, tail);
+                        continue;
+                    }
+                    multiply_listed<Panel>(n, lines, weights, list, counts[v], s.sums, StoreSums{s.sums});
+                } else {
                     Ahead nothing = {weights, 0};
                     Level::multiply(n, lines, weights, layer.inputs, nothing, s.sums);
                 }
-                const float* bias = layer.bias + panel * kPanelLanes;
                 if (last) {
                     finish_rows<Float32>(layer.activation, s.sums, bias, n, panel,
                                          plain_rows(s.rows + at[v] * outputs, outputs));
