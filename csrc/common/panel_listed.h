@@ -1,6 +1,6 @@
-// A tile that leaves out what is zero: products of the listed entries of a few rows with a panel. After a ReLU many
+// A tile that may leave out what is zero: products of the listed entries of a few rows with a panel. After a ReLU many
 // entries are zero in every row of a sliver, where the rows are neighbours; the sums are those of panel_fma.h, bit for
-// bit, since a product with zero changes no sum.
+// bit, since a product with zero changes no sum. What becomes of the sums is the caller's: they need not be stored.
 #pragma once
 
 #include "common/panel_fma.h"
@@ -30,11 +30,10 @@ inline vf either(vf a, vf b) { return _mm256_or_ps(a, b); }
 #else
 typedef unsigned lanes_of_vf __attribute__((vector_size(sizeof(vf))));
 inline unsigned nonzero(const vf (&bits)[kParts]) {
+    uint32_t lanes[16];
+    std::memcpy(lanes, bits, sizeof lanes);
     unsigned mask = 0;
-    for (int part = 0; part < kParts; ++part) {
-        const auto lanes = reinterpret_cast<lanes_of_vf>(bits[part]);
-        for (int j = 0; j < kWidth; ++j) mask |= (lanes[j] != 0 ? 1u : 0u) << (part * kWidth + j);
-    }
+    for (int j = 0; j < 16; ++j) mask |= (lanes[j] != 0 ? 1u : 0u) << j;
     return mask;
 }
 inline vf either(vf a, vf b) {
@@ -60,9 +59,20 @@ inline int64_t list_bits(const uint16_t* seen, int64_t lines, int32_t* list) {
     return count;
 }
 
-template <int R, class Panel>
+// What becomes of the sums of a tile: these are stored, [rows][32].
+struct StoreSums {
+    float* sums;
+    StoreSums at(int64_t column) const { return {sums + column}; }
+    void operator()(int r, vf left, vf right) const {
+        store(sums + r * kPanelLanes, left);
+        store(sums + r * kPanelLanes + kWidth, right);
+    }
+};
+
+// The sums of the listed entries, at most kBlock of them, and of `before` [R][32] unless it is null.
+template <int R, class Panel, class Tail>
 __attribute__((noinline)) void multiply_listed_block(const char* lines, const char* panel, const int32_t* list,
-                                                     int64_t count, bool fresh, float* sums) {
+                                                     int64_t count, const float* before, const Tail& tail) {
     static_assert(Panel::kEntries == 1, "an entry is a step");
     vf s[R][2];
 #pragma GCC unroll 14
@@ -77,6 +87,7 @@ __attribute__((noinline)) void multiply_listed_block(const char* lines, const ch
             const vf a = set1(x[r * 16]);
             s[r][0] = Panel::multiply_add(a, left, s[r][0]);
             s[r][1] = Panel::multiply_add(a, right, s[r][1]);
+            // As in panel_fma.h: one row after another, or sums would be spilled.
 #if defined(__AVX512F__)
             asm volatile("" : "+v"(s[r][0]), "+v"(s[r][1]));
 #elif defined(__AVX2__)
@@ -84,39 +95,51 @@ __attribute__((noinline)) void multiply_listed_block(const char* lines, const ch
 #endif
         }
     }
+    if (before) {
 #pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) {
-        float* at = sums + r * kPanelLanes;
-        store(at, fresh ? s[r][0] : add(load(at), s[r][0]));
-        store(at + kWidth, fresh ? s[r][1] : add(load(at + kWidth), s[r][1]));
+        for (int r = 0; r < R; ++r) {
+            s[r][0] = add(load(before + r * kPanelLanes), s[r][0]);
+            s[r][1] = add(load(before + r * kPanelLanes + kWidth), s[r][1]);
+        }
     }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) tail(r, s[r][0], s[r][1]);
 }
 
-template <int R, class Panel>
-inline void multiply_listed_rows(const char* lines, const char* panel, const int32_t* list, int64_t count,
-                                 float* sums) {
-    if (count == 0) std::memset(sums, 0, R * kPanelLanes * sizeof(float));
-    for (int64_t from = 0, to; from < count; from = to) {
-        const int32_t limit =
-            list[from] / static_cast<int32_t>(kBlock) * static_cast<int32_t>(kBlock) + static_cast<int32_t>(kBlock);
+// sums [R][32]: where sums of more than one block wait.
+template <int R, class Panel, class Tail>
+inline void multiply_listed_rows(const char* lines, const char* panel, const int32_t* list, int64_t count, float* sums,
+                                 const Tail& tail) {
+    constexpr auto kEnd = static_cast<int32_t>(kBlock);
+    int64_t from = 0, to;
+    do {
+        const int32_t limit = count ? (list[from] / kEnd + 1) * kEnd : 0;
         to = count;
-        if (list[count - 1] >= limit) {
+        if (count && list[count - 1] >= limit) {
             for (to = from + 1; list[to] < limit; ++to) {
             }
         }
-        for (int half = 0; half < kPanelLanes / kTileWidth; ++half) {
-            multiply_listed_block<R, Panel>(lines, panel + half * kTileWidth * 4, list + from, to - from, from == 0,
-                                            sums + half * kTileWidth);
+        for (int64_t column = 0; column < kPanelLanes; column += kTileWidth) {
+            const char* weights = panel + column * 4;
+            const float* before = from ? sums + column : nullptr;
+            if (to < count) {
+                multiply_listed_block<R, Panel>(lines, weights, list + from, to - from, before,
+                                                StoreSums{sums + column});
+            } else {
+                multiply_listed_block<R, Panel>(lines, weights, list + from, to - from, before, tail.at(column));
+            }
         }
-    }
+        from = to;
+    } while (from < count);
 }
 
-template <class Panel, int R = kTileRows>
+// The products of `rows` rows with the panel's columns, in the listed entries, go to `tail` row by row.
+template <class Panel, class Tail, int R = kTileRows>
 inline void multiply_listed(int64_t rows, const char* lines, const char* panel, const int32_t* list, int64_t count,
-                            float* sums) {
+                            float* sums, const Tail& tail) {
     if constexpr (R > 0) {
-        if (rows == R) return multiply_listed_rows<R, Panel>(lines, panel, list, count, sums);
-        multiply_listed<Panel, R - 1>(rows, lines, panel, list, count, sums);
+        if (rows == R) return multiply_listed_rows<R, Panel>(lines, panel, list, count, sums, tail);
+        multiply_listed<Panel, Tail, R - 1>(rows, lines, panel, list, count, sums, tail);
     }
 }
 

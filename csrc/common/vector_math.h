@@ -1,6 +1,7 @@
-// exp, expm1, tanh, log, log1p and the normal tail of a vector of floats: the same operations on every level, so with
-// fma the same bits.
-// Anonymous namespace and no containers, as simd.h says.
+// exp, expm1, tanh, log, log1p and the tail of the normal distribution of a vector of floats: the same operations on
+// every level, so with fma the same bits. V is a vector, or Four of them, whose operations alternate: each of these
+// functions is one long chain, of which a processor's scheduler holds only a few at a time. Anonymous namespace and no
+// containers, as simd.h says.
 #pragma once
 
 #include "common/simd.h"
@@ -28,44 +29,80 @@ inline vf power_of_two(vf shifted) { return (vf)(((vu)shifted + 127) << 23); }
 inline vf bits(vf a) { return __builtin_convertvector((vi)a, vf); }
 #endif
 
-inline vf magnitude(vf a) { return max(sub(zero(), a), a); }
-inline vf at_most(vf a, float limit) { return sub(zero(), max(set1(-limit), sub(zero(), a))); }
+// Four vectors in lockstep.
+struct Four {
+    vf a, b, c, d;
+};
+inline Four add(Four x, Four y) { return {add(x.a, y.a), add(x.b, y.b), add(x.c, y.c), add(x.d, y.d)}; }
+inline Four sub(Four x, Four y) { return {sub(x.a, y.a), sub(x.b, y.b), sub(x.c, y.c), sub(x.d, y.d)}; }
+inline Four mul(Four x, Four y) { return {mul(x.a, y.a), mul(x.b, y.b), mul(x.c, y.c), mul(x.d, y.d)}; }
+inline Four div(Four x, Four y) { return {div(x.a, y.a), div(x.b, y.b), div(x.c, y.c), div(x.d, y.d)}; }
+inline Four max(Four x, Four y) { return {max(x.a, y.a), max(x.b, y.b), max(x.c, y.c), max(x.d, y.d)}; }
+inline Four fma(Four x, Four y, Four z) {
+    return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b), fma(x.c, y.c, z.c), fma(x.d, y.d, z.d)};
+}
+inline Four power_of_two(Four x) {
+    return {power_of_two(x.a), power_of_two(x.b), power_of_two(x.c), power_of_two(x.d)};
+}
+
+// The number c in every lane of a V.
+template <class V>
+inline V all(float c) {
+    return V{set1(c), set1(c), set1(c), set1(c)};
+}
+template <>
+inline vf all<vf>(float c) {
+    return set1(c);
+}
+
+template <class V>
+inline V magnitude(V a) {
+    return max(sub(all<V>(0.0f), a), a);
+}
+template <class V>
+inline V at_most(V a, float limit) {
+    return sub(all<V>(0.0f), max(all<V>(-limit), sub(all<V>(0.0f), a)));
+}
 
 // x = n ln 2 + r, |r| <= ln 2 / 2. Returns e^r - 1 and sets power to 2^n. ln 2 is split so that n times its first
 // part is exact. The polynomial is Taylor's up to r^7 / 7!, whose first missing term is below 2^-27 of e^r - 1.
-inline vf reduced_expm1(vf x, vf& power) {
-    const vf magic = set1(12582912.0f);
-    const vf shifted = fma(x, set1(1.44269504f), magic), n = sub(shifted, magic);
-    const vf r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));
+template <class V>
+inline V reduced_expm1(V x, V& power) {
+    const V magic = all<V>(12582912.0f);
+    const V shifted = fma(x, all<V>(1.44269504f), magic), n = sub(shifted, magic);
+    const V r = fma(n, all<V>(2.12194440e-4f), fma(n, all<V>(-0.693359375f), x));
     power = power_of_two(shifted);
-    vf s = fma(r, set1(1.0f / 5040), set1(1.0f / 720));
-    s = fma(s, r, set1(1.0f / 120));
-    s = fma(s, r, set1(1.0f / 24));
-    s = fma(s, r, set1(1.0f / 6));
-    s = fma(s, r, set1(0.5f));
+    V s = fma(r, all<V>(1.0f / 5040), all<V>(1.0f / 720));
+    s = fma(s, r, all<V>(1.0f / 120));
+    s = fma(s, r, all<V>(1.0f / 24));
+    s = fma(s, r, all<V>(1.0f / 6));
+    s = fma(s, r, all<V>(0.5f));
     return fma(s, mul(r, r), r);
 }
 
 // e^x for x <= 88, within 1.1 ulp. Below -87 the answer is e^-87. NaN stays NaN.
-inline vf exp(vf x) {
-    vf power;
-    const vf s = reduced_expm1(max(set1(-87.0f), x), power);
+template <class V>
+inline V exp(V x) {
+    V power;
+    const V s = reduced_expm1(max(all<V>(-87.0f), x), power);
     return fma(power, s, power);
 }
 
 // e^x - 1 for x <= 88, within 2 ulp: no digits are lost near zero. NaN stays NaN.
-inline vf expm1(vf x) {
-    vf power;
-    const vf s = reduced_expm1(max(set1(-87.0f), x), power);
-    return fma(power, s, sub(power, set1(1.0f)));
+template <class V>
+inline V expm1(V x) {
+    V power;
+    const V s = reduced_expm1(max(all<V>(-87.0f), x), power);
+    return fma(power, s, sub(power, all<V>(1.0f)));
 }
 
 // tanh x = (e^2x - 1) / (e^2x + 1), within 2.5 ulp: no digits are lost near zero.
-inline vf tanh(vf x) {
-    vf power;
-    const vf s = reduced_expm1(at_most(max(set1(-40.0f), add(x, x)), 40.0f), power);
-    const vf e = fma(power, s, sub(power, set1(1.0f)));  // e^2x - 1
-    return div(e, add(e, set1(2.0f)));
+template <class V>
+inline V tanh(V x) {
+    V power;
+    const V s = reduced_expm1(at_most(max(all<V>(-40.0f), add(x, x)), 40.0f), power);
+    const V e = fma(power, s, sub(power, all<V>(1.0f)));  // e^2x - 1
+    return div(e, add(e, all<V>(2.0f)));
 }
 
 // ln a for 1 <= a < 2^32, within 6e-8 + 1 ulp: the exponent and mantissa, then Halley's step on e^y = a twice.
@@ -80,24 +117,34 @@ inline vf log(vf a) {
 
 // ln(1 + u) for 0 <= u <= 1, within 2.5 ulp: 2 artanh(s), s = u / (2 + u) <= 1/3, by its series up to s^15 / 15, whose
 // first missing term is below 2^-29 of the sum.
-inline vf log1p(vf u) {
-    const vf s = div(u, add(u, set1(2.0f))), z = mul(s, s);
-    vf series = fma(z, set1(1.0f / 15), set1(1.0f / 13));
-    for (float term : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3}) series = fma(series, z, set1(term));
-    const vf twice = add(s, s);
+template <class V>
+inline V log1p(V u) {
+    const V s = div(u, add(u, all<V>(2.0f))), z = mul(s, s);
+    V series = fma(z, all<V>(1.0f / 15), all<V>(1.0f / 13));
+    series = fma(series, z, all<V>(1.0f / 11));
+    series = fma(series, z, all<V>(1.0f / 9));
+    series = fma(series, z, all<V>(1.0f / 7));
+    series = fma(series, z, all<V>(1.0f / 5));
+    series = fma(series, z, all<V>(1.0f / 3));
+    const V twice = add(s, s);
     return fma(twice, mul(z, series), twice);
 }
 
-// What a standard normal variable exceeds a >= 0 with, erfc(a / sqrt 2) / 2, within 4e-8: exp(-a Q(a)) / 2, Q fitted on
-// [0, 8] for the least largest error of a times the tail. Beyond 8 the answer is that at 8, 6e-16.
-inline vf normal_tail(vf a) {
-    a = at_most(a, 8.0f);
-    vf q = set1(-2.85532138e-7f);
-    for (float term : {5.62130936e-6f, -4.60775918e-5f, 1.78895833e-4f, 2.16215758e-5f, -4.83652437e-3f, 3.63626704e-2f,
-                       3.18303466e-1f, 7.97885060e-1f}) {
-        q = fma(q, a, set1(term));
-    }
-    return mul(set1(0.5f), exp(sub(zero(), mul(a, q))));
+// What a standard normal variable falls below t with, -8 <= t <= 0, within 6e-8: exp(-ln 2 + t Q(t)), Q fitted for the
+// least largest error of t times the answer.
+template <class V>
+inline V normal_tail(V t) {
+    V q = fma(t, all<V>(-2.85532138e-7f), all<V>(-5.62130936e-6f));
+    q = fma(q, t, all<V>(-4.60775918e-5f));
+    q = fma(q, t, all<V>(-1.78895833e-4f));
+    q = fma(q, t, all<V>(2.16215758e-5f));
+    q = fma(q, t, all<V>(4.83652437e-3f));
+    q = fma(q, t, all<V>(3.63626704e-2f));
+    q = fma(q, t, all<V>(-3.18303466e-1f));
+    q = fma(q, t, all<V>(7.97885060e-1f));
+    V power;
+    const V s = reduced_expm1(fma(q, t, all<V>(-0.693147181f)), power);
+    return fma(power, s, power);
 }
 
 }  // namespace

@@ -211,10 +211,10 @@ class Game {
         if (w.walked == unit) return;
         w.walked = unit;
         WalkStep* step = w.steps.data();
-        *step++ = {static_cast<int32_t>(a_.p), 1};
+        *step++ = {static_cast<int32_t>(a_.p), 1};  // and the first walk goes on from here
         for (int64_t order = unit * a_.A; order < (unit + 1) * a_.A; ++order) {
             for (int64_t j = 0; j < a_.p; ++j) w.order[a_.ranks[order * a_.p + j]] = static_cast<int32_t>(j);
-            for (int64_t t = 0; t + 1 < a_.p; ++t) *step++ = {w.order[t], t == 0};
+            for (int64_t t = 0; t + 1 < a_.p; ++t) *step++ = {w.order[t], t == 0 && order > unit * a_.A};
             if (!a_.paired) continue;
             for (int64_t t = a_.p - 1; t > 0; --t) *step++ = {w.order[t], t == a_.p - 1};
         }

@@ -14,7 +14,8 @@
 namespace microtome::cpu {
 namespace {
 
-constexpr int64_t kTile = 4;  // slivers that pass a panel while it is in the first-level cache
+constexpr int64_t kTile = 4;      // slivers that pass a panel while it is in the first-level cache
+constexpr int64_t kMostDots = 4;  // outputs; more of them are computed from stored rows
 #if defined(__AVX512F__)
 constexpr int kGroups = 4;  // panels of sums that a walk keeps in registers
 #else
@@ -24,6 +25,8 @@ constexpr int kGroups = 1;
 inline int64_t panels_of(int64_t width) { return (width + kPanelLanes - 1) / kPanelLanes; }
 inline int64_t padded(int64_t width) { return panels_of(width) * kPanelLanes; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+alignas(64) constexpr float kNoBias[kPanelLanes] = {};
 
 // Where rows go, a line at a time: lines + r * row + c * line, in bytes. seen [lines], where it is wanted, gets a bit
 // for each entry of four bytes that is not zero in every row.
@@ -55,7 +58,7 @@ char* divide(const Mlp& mlp, char* memory, Scratch& s) {
     s.start = floats(first);
     s.gains = floats(first * (mlp.p + 1));
     s.state = floats(first);
-    s.rows = floats(rows * larger(first, padded(mlp.last_inputs)));
+    s.rows = floats(rows * larger(larger(first, padded(mlp.last_inputs)), kMostDots * 16));
     s.sums = floats(Level::kRows * kPanelLanes);
     for (int j = 0; j < 2; ++j) {
         s.lines[j] = take(rows * Level::row_bytes(widest) + kPanelSlack);
@@ -136,13 +139,13 @@ void emit(const float* rows, int64_t stride, const float* bias, int64_t count, i
     for (int l = 0; l < kLines; ++l) to.seen[first_line + l] = static_cast<uint16_t>(nonzero(seen[l]));
 }
 
-template <class Format, int code = 0>
-inline void emit_any(int wanted, const float* rows, int64_t stride, const float* bias, int64_t count, int64_t panel,
-                     const Sink& to) {
-    if (wanted == code) return emit<code, Format>(rows, stride, bias, count, panel, to);
-    if constexpr (code + 1 < kActivations) {
-        emit_any<Format, code + 1>(wanted, rows, stride, bias, count, panel, to);
-    }
+// The same for any activation. Others than light ones are computed in `rows`, which lie together.
+template <class Format>
+inline void finish_rows(int code, float* rows, const float* bias, int64_t count, int64_t panel, const Sink& to) {
+    if (code == kRelu) return emit<kRelu, Format>(rows, kPanelLanes, bias, count, panel, to);
+    if (code == kIdentity) return emit<kIdentity, Format>(rows, kPanelLanes, bias, count, panel, to);
+    activate_any(code, rows, bias, count * kPanelLanes);
+    emit<kIdentity, Format>(rows, kPanelLanes, kNoBias, count, panel, to);
 }
 
 // Plain rows, a line of sixteen floats after another.
@@ -156,10 +159,44 @@ void first_layer(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_
     if (mlp.first_activation == kRelu) return walk<kRelu, Format>(mlp, s, steps, count, 0, to);
     const int64_t width = padded(mlp.first_outputs);
     walk<kIdentity, Float32>(mlp, s, steps, count, 0, plain_rows(rows, width));
-    if (mlp.first_activation == kIdentity && reinterpret_cast<char*>(rows) == to.lines) return;
-    alignas(64) const float none[kPanelLanes] = {};
+    if (mlp.first_activation != kIdentity) activate_any(mlp.first_activation, rows, kNoBias, count * width);
+    if (reinterpret_cast<char*>(rows) == to.lines) return;
     for (int64_t panel = 0; panel < width / kPanelLanes; ++panel) {
-        emit_any<Format>(mlp.first_activation, rows + panel * kPanelLanes, width, none, count, panel, to);
+        emit<kIdentity, Format>(rows + panel * kPanelLanes, width, kNoBias, count, panel, to);
+    }
+}
+
+// The last product begins where the sums of the one before end: out [rows][o][16] gathers, lane by lane, the products
+// of ReLU(sums + bias) with the rows of `last` [o, stride], in the order of simd.h's `dot`.
+struct ReluDots {
+    const float *bias, *last;
+    int64_t stride, o;
+    float* out;
+    int64_t column;
+    ReluDots at(int64_t from) const { return {bias, last, stride, o, out, column + from}; }
+    void operator()(int r, vf left, vf right) const {
+        const vf a = max(zero(), add(left, load(bias + column))),
+                 b = max(zero(), add(right, load(bias + column + kWidth)));
+        float* to = out + r * o * 16;
+        const float* w = last + column;
+        for (int64_t j = 0; j < o; ++j, to += 16, w += stride) {
+            if constexpr (kParts == 1) {
+                store(to, fma(b, load(w + kWidth), fma(a, load(w), load(to))));
+            } else {
+                float *one = to + column % 16, *other = to + (column + kWidth) % 16;
+                store(one, fma(a, load(w), load(one)));
+                store(other, fma(b, load(w + kWidth), load(other)));
+            }
+        }
+    }
+};
+
+// values [count, o] from the sums that ReluDots left.
+inline void fold_dots(const Mlp& mlp, const float* out, int64_t count, float* values) {
+    for (int64_t i = 0; i < count * mlp.o; ++i, out += 16) {
+        vf lanes[kParts];
+        for (int part = 0; part < kParts; ++part) lanes[part] = load(out + part * kWidth);
+        values[i] = fold(lanes) + mlp.last_bias[i % mlp.o];
     }
 }
 
@@ -170,17 +207,6 @@ inline void last_layer(const Mlp& mlp, const float* rows, int64_t count, float* 
         for (int64_t j = 0; j < mlp.o; ++j) {
             values[r * mlp.o + j] = mlp.last ? dot(rows, mlp.last + j * width, width) + mlp.last_bias[j] : rows[j];
         }
-    }
-}
-
-template <int code = 0>
-inline void activate_all(int wanted, float* values, int64_t count) {
-    if (wanted == code) {
-        int64_t i = 0;
-        for (; i + kWidth <= count; i += kWidth) store(values + i, activate<code>(load(values + i)));
-        if (i < count) store_n(values + i, activate<code>(load_n(values + i, count - i)), count - i);
-    } else if constexpr (code + 1 < kActivations) {
-        activate_all<code + 1>(wanted, values, count);
     }
 }
 
@@ -227,68 +253,101 @@ struct MlpLevel {
     static void evaluate(const Mlp& mlp, const WalkStep* steps, int64_t count, char* memory, float* values) {
         Scratch s;
         divide<Level>(mlp, memory, s);
-        const int64_t most = kTile * Level::kRows, tiles = (count + most - 1) / most;
         const int64_t width = mlp.last ? padded(mlp.last_inputs) : padded(mlp.o);
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t from = part_start(count, t, tiles, Level::kGranule);
-            const int64_t rows = part_start(count, t + 1, tiles, Level::kGranule) - from;
-            const int64_t slivers = (rows + Level::kRows - 1) / Level::kRows;
+        const bool lists = kLists && mlp.middles && mlp.middle[0].skips;
+        for (int64_t from = 0; from < count;) {
+            int64_t at[kTile + 1] = {}, slivers = 0;  // sliver v has the tile's rows at[v] .. at[v + 1] - 1
+            for (; slivers < kTile && from + at[slivers] < count; ++slivers) {
+                const int64_t row = from + at[slivers];
+                at[slivers + 1] = at[slivers] + next_sliver(steps + row, count - row, lists);
+            }
             for (int64_t v = 0; v < slivers; ++v) {
-                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
-                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
+                const WalkStep* first = steps + from + at[v];
                 if (mlp.middles) {
-                    first_layer<Level>(mlp, s, steps + from + at, n, s.rows, sink(mlp, s, 0, v, at, n));
+                    first_layer<Level>(mlp, s, first, at[v + 1] - at[v], s.rows, sink(mlp, s, 0, v, at));
                 } else {
-                    float* plain = s.rows + at * width;
-                    first_layer<Float32>(mlp, s, steps + from + at, n, plain, plain_rows(plain, width));
+                    float* plain = s.rows + at[v] * width;
+                    first_layer<Float32>(mlp, s, first, at[v + 1] - at[v], plain, plain_rows(plain, width));
                 }
             }
-            for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, rows, slivers);
-            last_layer(mlp, s.rows, rows, values + from * mlp.o);
+            for (int64_t l = 0; l < mlp.middles; ++l) middle_layer(mlp, s, l, at, slivers);
+            if (has_dots(mlp)) {
+                fold_dots(mlp, s.rows, at[slivers], values + from * mlp.o);
+            } else {
+                last_layer(mlp, s.rows, at[slivers], values + from * mlp.o);
+            }
+            from += at[slivers];
         }
-        if (mlp.last) activate_all(mlp.last_activation, values, count * mlp.o);
+        if (mlp.last) activate_any(mlp.last_activation, values, kNoBias, count * mlp.o);
     }
 
   private:
     static constexpr bool kLists = Panel::kEntries == 1;
 
-    // Where sliver v, `count` rows from row `at` of the tile, stands as the input of middle layer l.
-    static Sink sink(const Mlp& mlp, const Scratch& s, int64_t l, int64_t v, int64_t at, int64_t count) {
+    static bool has_dots(const Mlp& mlp) {
+        return kLists && mlp.middles && mlp.o <= kMostDots && mlp.middle[mlp.middles - 1].activation == kRelu;
+    }
+
+    // How many of the `left` steps make the next sliver: parts as even as granules allow of all of them or, where
+    // entries are listed, of one walk, since a jump between two walks leaves fewer entries zero.
+    static int64_t next_sliver(const WalkStep* steps, int64_t left, bool lists) {
+        int64_t reach = left;
+        if (lists) {
+            int64_t walk = 1;
+            while (walk < left && !steps[walk].anew) ++walk;
+            if (walk >= Level::kRows / 2) reach = walk;
+        }
+        const int64_t parts = (reach + Level::kRows - 1) / Level::kRows;
+        return part_start(reach, 1, parts, Level::kGranule);
+    }
+
+    // Where sliver v of a tile stands as the input of middle layer l.
+    static Sink sink(const Mlp& mlp, const Scratch& s, int64_t l, int64_t v, const int64_t* at) {
         const MiddleLayer& layer = mlp.middle[l];
         uint16_t* seen = s.seen[l % 2] + v * (padded(layer.inputs) / 16);
-        return {s.lines[l % 2] + at * Level::row_bytes(padded(layer.inputs)), kLine, count * kLine,
+        return {s.lines[l % 2] + at[v] * Level::row_bytes(padded(layer.inputs)), kLine, (at[v + 1] - at[v]) * kLine,
                 kLists && layer.skips ? seen : nullptr};
     }
 
-    static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, int64_t rows, int64_t slivers) {
+    static void middle_layer(const Mlp& mlp, const Scratch& s, int64_t l, const int64_t* at, int64_t slivers) {
         const MiddleLayer& layer = mlp.middle[l];
-        const bool last = l + 1 == mlp.middles, listed = kLists && layer.skips;
+        const bool last = l + 1 == mlp.middles, dots = last && has_dots(mlp);
         const int64_t inputs = padded(layer.inputs), outputs = padded(layer.outputs), stride = inputs + 16;
         int64_t counts[kTile];
-        for (int64_t v = 0; v < slivers && listed; ++v) {
-            counts[v] =
-                list_bits(s.seen[l % 2] + v * (inputs / 16), Level::row_bytes(inputs) / kLine, s.list + v * stride);
+        for (int64_t v = 0; v < slivers && kLists; ++v) {
+            int32_t* list = s.list + v * stride;
+            if (layer.skips) {
+                counts[v] = list_bits(s.seen[l % 2] + v * (inputs / 16), Level::row_bytes(inputs) / kLine, list);
+            } else {
+                counts[v] = Level::panel_bytes(layer.inputs) / kStep;
+                for (int64_t k = 0; k < counts[v]; ++k) list[k] = static_cast<int32_t>(k);
+            }
         }
+        if (dots) std::memset(s.rows, 0, static_cast<size_t>(at[slivers] * mlp.o * 16) * sizeof(float));
         for (int64_t panel = 0; panel < outputs / kPanelLanes; ++panel) {
             const char* weights = static_cast<const char*>(layer.packed) + panel * Level::panel_bytes(layer.inputs);
+            const float* bias = layer.bias + panel * kPanelLanes;
             for (int64_t v = 0; v < slivers; ++v) {
-                const int64_t at = part_start(rows, v, slivers, Level::kGranule);
-                const int64_t n = part_start(rows, v + 1, slivers, Level::kGranule) - at;
-                const char* lines = s.lines[l % 2] + at * Level::row_bytes(inputs);
+                const int64_t n = at[v + 1] - at[v];
+                const char* lines = s.lines[l % 2] + at[v] * Level::row_bytes(inputs);
                 if constexpr (kLists) {
-                    if (listed) multiply_listed<Panel>(n, lines, weights, s.list + v * stride, counts[v], s.sums);
-                }
-                if (!listed) {
+                    const int32_t* list = s.list + v * stride;
+                    if (dots) {
+                        const ReluDots tail = {
+                            layer.bias, mlp.last, outputs, mlp.o, s.rows + at[v] * mlp.o * 16, panel * kPanelLanes};
+                        multiply_listed<Panel>(n, lines, weights, list, counts[v], s.sums, tail);
+                        continue;
+                    }
+                    multiply_listed<Panel>(n, lines, weights, list, counts[v], s.sums, StoreSums{s.sums});
+                } else {
                     Ahead nothing = {weights, 0};
                     Level::multiply(n, lines, weights, layer.inputs, nothing, s.sums);
                 }
-                const float* bias = layer.bias + panel * kPanelLanes;
                 if (last) {
-                    emit_any<Float32>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
-                                      plain_rows(s.rows + at * outputs, outputs));
+                    finish_rows<Float32>(layer.activation, s.sums, bias, n, panel,
+                                         plain_rows(s.rows + at[v] * outputs, outputs));
                 } else {
-                    emit_any<Level>(layer.activation, s.sums, kPanelLanes, bias, n, panel,
-                                    sink(mlp, s, l + 1, v, at, n));
+                    finish_rows<Level>(layer.activation, s.sums, bias, n, panel, sink(mlp, s, l + 1, v, at));
                 }
             }
         }

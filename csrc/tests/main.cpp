@@ -22,7 +22,9 @@ namespace microtome::test {
     X(attribution_scores_are_right_at_every_level)           \
     X(coalition_inputs_are_right_at_every_level)             \
     X(walks_are_reduced_at_every_level)                      \
-    X(coalitions_are_summed_at_every_level)
+    X(coalitions_are_summed_at_every_level)                  \
+    X(walks_through_a_network_are_right_at_every_level)      \
+    X(an_order_that_is_no_permutation_leaves_the_output_alone)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)

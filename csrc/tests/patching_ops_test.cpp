@@ -100,19 +100,28 @@ constexpr Shape kShapes[] = {
 }  // namespace
 
 void vector_functions_are_within_their_bounds() {
-    float in[kWidth], e[kWidth], t[kWidth], l[kWidth];
+    float in[kWidth], e[kWidth], t[kWidth], l[kWidth], m[kWidth], u[kWidth], p[kWidth], n[kWidth];
     const auto ulp = [](double x) { return std::nextafter(static_cast<float>(x), INFINITY) - static_cast<float>(x); };
     for (float x = -87; x < 88; x += 0.0137f) {
         for (int j = 0; j < kWidth; ++j) in[j] = x + 0.003f * static_cast<float>(j);
         store(e, exp(load(in)));
         store(t, tanh(mul(set1(0.125f), load(in))));
         store(l, log(add(set1(1.0f), mul(load(in), load(in)))));
+        store(m, expm1(load(in)));
+        store(u, exp(sub(zero(), magnitude(load(in)))));
+        store(p, log1p(load(u)));
+        store(n, normal_tail(mul(set1(-0.0909f), magnitude(load(in)))));
         for (int j = 0; j < kWidth; ++j) {
             const double wide = in[j], tanh_exact = std::tanh(0.125 * wide);
             CHECK(std::fabs(e[j] - std::exp(wide)) <= 2 * ulp(std::exp(wide)));
             CHECK(std::fabs(t[j] - tanh_exact) <= 3 * ulp(std::fabs(tanh_exact)));
             const double log_exact = std::log(static_cast<double>(1.0f + in[j] * in[j]));
             CHECK(std::fabs(l[j] - log_exact) <= 6e-8 + ulp(log_exact));
+            CHECK(std::fabs(m[j] - std::expm1(wide)) <= 2 * ulp(std::fabs(std::expm1(wide))));
+            const double log1p_exact = std::log1p(static_cast<double>(u[j]));
+            CHECK(std::fabs(p[j] - log1p_exact) <= 3 * ulp(log1p_exact));
+            const double t = static_cast<double>(-0.0909f * std::fabs(in[j]));
+            CHECK(std::fabs(n[j] - std::erfc(-t / std::sqrt(2.0)) / 2) <= 6e-8);
         }
     }
 }

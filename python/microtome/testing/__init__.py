@@ -18,14 +18,17 @@ from microtome.testing.compare import (
     skip_if_interpreted,
 )
 from microtome.testing.device import ops_on
+from microtome.testing.mlp import MLP_CASES, MlpCase, model_of, values_by_loops
 
 __all__ = [
     "ATTENTION_CASES",
     "BENCH_CASES",
     "CASES",
+    "MLP_CASES",
     "SWAP_CASES",
     "AttentionCase",
     "Case",
+    "MlpCase",
     "SwapCase",
     "assert_accurate",
     "backends_of",
@@ -34,6 +37,8 @@ __all__ = [
     "interpreted",
     "level_parameters",
     "max_error",
+    "model_of",
     "ops_on",
     "skip_if_interpreted",
+    "values_by_loops",
 ]
