@@ -119,7 +119,7 @@ def test_an_interrupt_before_anything_is_known_is_passed_on(name, smooth):
     def interrupted(rows):
         nonlocal calls
         calls += 1
-        if calls > 3:
+        if calls > 1:  # the first call is that of the ends
             raise KeyboardInterrupt
         return f(rows)
 
