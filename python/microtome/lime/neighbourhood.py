@@ -120,7 +120,7 @@ class Neighbourhood:
             normal = torch.randn(c, K, dtype=torch.float64, generator=random)
         level = self.levels.pick(uniform.numpy())
         rows, levels = np.empty((K, m)), self.levels.picked()
-        if L == m:
+        if m == L:
             levels.values(level, uniform.numpy(), out=rows.T)
             return Samples(level, normal.numpy(), rows)
         rows[:, self.levelled] = levels.values(level, uniform.numpy()).T
