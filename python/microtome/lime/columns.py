@@ -27,6 +27,7 @@ class Columns:
         x, background: [e, m] and [n, m] float64 arrays.
         names: m names.
         categorical: [m] bool.
+        torch: whether the model gets tensors.
         levels: for each column the values behind its codes, or None where x holds the numbers.
 
     Raises:
@@ -46,7 +47,7 @@ class Columns:
     ) -> None:
         self.op = op
         self._labels = x.columns if hasattr(x, "columns") and hasattr(x, "iloc") else None
-        self._torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
+        self.torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
         self._dtype, self._device = _target(x, f)
         x, background = self._array(x, "x"), self._array(background, "background")
         if x.shape[1] != background.shape[1]:
@@ -156,7 +157,7 @@ class Columns:
 
     def back(self, rows: np.ndarray) -> Any:
         """[R, m] float64 as the model takes them: the user's kind of rows and numbers."""
-        if self._torch:
+        if self.torch:
             return torch.from_numpy(rows).to(self._device, self._dtype)
         if any(levels is not None for levels in self.levels):
             columns: list[Any] = list(rows.T)
