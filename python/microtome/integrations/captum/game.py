@@ -79,12 +79,12 @@ class ForwardGame:
             out = [self._whole(ranks, self._table(everyone, span)) for span in spans]
             return torch.stack(out, 1) if out else torch.empty(1, 0, self._ends[1].shape[1])
         who32 = who.to(torch.int32)
-        parts = []
-        for at in range(0, max(1, len(who) * K), self.per_call):
-            flat = torch.arange(at, min(at + self.per_call, len(who) * K))
-            table = self._table(who32[flat // max(1, K)], spans[flat % max(1, K)])
-            parts.append(self._stacked(ranks, table))
-        return torch.cat(parts).reshape(len(who), K, -1)
+        out = torch.empty(len(who) * K, self._ends[1].shape[1], dtype=torch.float64)
+        for at in range(0, len(out), self.per_call):
+            flat = torch.arange(at, min(at + self.per_call, len(out)))
+            table = self._table(who32[flat // K], spans[flat % K])
+            out[at : at + len(flat)] = self._stacked(ranks, table)
+        return out.reshape(len(who), K, -1)
 
     def _open(self) -> tuple[Tensor, Tensor]:
         """The ends; and how the forward function takes more rows than there are examples."""

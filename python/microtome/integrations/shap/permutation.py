@@ -31,7 +31,8 @@ class PermutationExplainer(Explainer):
     and the values exact, where max_evals is enough for that. Along a masker's clustering, the
     values are Owen values.
 
-    Arguments as in `Explainer`.
+    Arguments as in `Explainer`. Calls also take design="antithetic", or "orthogonal" or "sobol"
+    (`microtome.shapley.permutation`).
 
     Example:
         >>> import numpy as np
@@ -94,7 +95,13 @@ class PermutationExplainer(Explainer):
             return self._marginal(game, pairs, seed, link)
         shared = self._together(game, link)
         found = permutation(
-            game, n_permutations=2 * pairs, shared=shared, seed=seed, memory=self.memory, **given
+            game,
+            n_permutations=2 * pairs,
+            design=asked.design,
+            shared=shared,
+            seed=seed,
+            memory=self.memory,
+            **given,
         )
         return Solved.of(found)
 

@@ -31,6 +31,7 @@ class Asked:
     outputs: Any = None
     silent: bool = False
     error_kind: str = "standard"
+    design: str = "antithetic"
     l1_reg: Any = False
     fixed_context: int | None = None
     interactions: bool | int = 1

@@ -116,7 +116,9 @@ class Table:
             The rows' numbers, the features that play, and the game. A row without any plays with
             its first feature, whose value is then zero.
         """
-        sets, which = np.unique(self.varying, axis=0, return_inverse=True)
+        sets, which = self.varying[:1], np.zeros(len(self.varying), dtype=np.int64)
+        if len(self.varying) > 1 and not (self.varying == sets).all():
+            sets, which = np.unique(self.varying, axis=0, return_inverse=True)
         for i, plays in enumerate(sets):
             rows, features = np.flatnonzero(which.reshape(-1) == i), np.flatnonzero(plays)
             if not len(features):
