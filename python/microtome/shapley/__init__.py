@@ -5,6 +5,7 @@ from microtome.shapley.exact import exact
 from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.inputs import InputGame
+from microtome.shapley.interactions import Interactions, interactions
 from microtome.shapley.kernel import kernel
 from microtome.shapley.permutation import permutation
 from microtome.shapley.players import Players
@@ -13,12 +14,14 @@ from microtome.shapley.result import ShapleyValues
 __all__ = [
     "Game",
     "InputGame",
+    "Interactions",
     "Players",
     "SetGame",
     "ShapleyValues",
     "closed",
     "exact",
     "explain",
+    "interactions",
     "kernel",
     "permutation",
 ]
