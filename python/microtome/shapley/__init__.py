@@ -8,6 +8,7 @@ from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, MeanGame, SetGame
 from microtome.shapley.image import image_game
 from microtome.shapley.inputs import InputGame
+from microtome.shapley.interactions import Interactions, interactions
 from microtome.shapley.kernel import kernel
 from microtome.shapley.permutation import permutation
 from microtome.shapley.players import Players
@@ -18,6 +19,7 @@ from microtome.shapley.text import explain_text, text_game
 __all__ = [
     "Game",
     "InputGame",
+    "Interactions",
     "MeanGame",
     "Players",
     "SetGame",
@@ -28,6 +30,7 @@ __all__ = [
     "explain",
     "explain_text",
     "image_game",
+    "interactions",
     "kernel",
     "parts",
     "permutation",

@@ -71,14 +71,17 @@ def population(p: int, s: int, paired: bool) -> int:
     return math.comb(p, s) // (2 if paired and 2 * s == p else 1)
 
 
-def plan_of(p: int, paired: bool, sampling: str, units: int) -> Plan:
-    """Spread `units` over the sizes; at least one unit of every size, at most all there are."""
+def plan_of(p: int, paired: bool, sampling: str, units: int, whole_to: int = 0) -> Plan:
+    """Spread `units` over the sizes; at least one unit of every size, at most all there are.
+
+    Sizes up to `whole_to` are taken whole in any case.
+    """
     sizes = range(1, p // 2 + 1) if paired else range(1, p)
     whole = {s: population(p, s, paired) for s in sizes}
     share = {s: 0.5 if paired and 2 * s == p else 1.0 for s in sizes}
     if sampling == "kernel":
         share = {s: share[s] / (s * (p - s)) for s in sizes}
-    counts: dict[int, int] = {}
+    counts = {s: whole[s] for s in sizes if s <= whole_to}
     while True:  # every turn completes the sizes that the rest of the budget covers
         left = units - sum(counts.values())
         total = sum(share[s] for s in sizes if s not in counts)
