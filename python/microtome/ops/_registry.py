@@ -51,13 +51,18 @@ class Backend:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # 60 us, at every call of every op
+
+
 def unavailable(name: str) -> str | None:
     """None when a backend exists on this machine, else why not."""
     if name == "cpu":
         return _native.why_absent()
     if name in ("cuda", "triton"):
         if name == "triton":
-            if importlib.util.find_spec("triton") is None:
+            if not _has_triton():
                 return "triton is not installed (pip install triton)"
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return None
