@@ -356,3 +356,22 @@ def test_attribution_scores_are_checked_and_timed_beside_torch(monkeypatch, tmp_
     for row in json.loads(path.read_text())["rows"]:
         assert row["status"] == "FAILED"
         assert "contenders" not in row
+
+
+def test_mlp_shapley_is_checked_and_timed_beside_the_product(monkeypatch, tmp_path, capsys):
+    bench = importlib.import_module("benchmarks.ops.bench_mlp_shapley")
+    words = ["--explicands", "1", "--designs", "nested", "--activations", "relu", "--reps", "1"]
+    words += ["--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert all(set(row["ms"]) == {"mlp_shapley", "floor", "torch"} for row in rows)
+    assert "| nested | relu | fp32 | 1 |" in capsys.readouterr().out
+    right = bench.mlp_shapley
+    monkeypatch.setattr(bench, "mlp_shapley", lambda **a: [t * 1.1 for t in right(**a)])
+    monkeypatch.setattr(bench, "reference", lambda a: right(**a)[0])
+    assert bench.main(words) == 1
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["status"] == "FAILED"
+        assert "ms" not in row

@@ -146,16 +146,16 @@ class Game {
   public:
     Game(const MlpShapleyArguments& a, const MlpKernels& kernels, int threads)
         : a_(a), kernels_(kernels), model_(a, threads), walks_(a.paired ? 2 : 1) {
-        rows_ = 1 + a.A * walks_ * (a.p - 1), width_ = rows_ * (*model_).o;
+        rows_ = 1 + a.A * walks_ * (a.p - 1), width_ = a.A * walks_ * (a.p + 1) * (*model_).o;
         crossed_ = a.S == 1 && a.n > 1;
         blocks_ = crossed_ ? (a.n + kRowsAtOnce - 1) / kRowsAtOnce : 1;
         full_.resize(static_cast<size_t>(a.e * (*model_).o));
-        const auto size = static_cast<size_t>(width_);
         for (int t = 0; t < threads; ++t) {
             workers_.push_back({aligned(kernels.scratch_bytes(*model_)),
                                 std::vector<WalkStep>(static_cast<size_t>(rows_)),
-                                std::vector<int32_t>(static_cast<size_t>(a.p)), std::vector<float>(size),
-                                std::vector<double>(size), -1, -1});
+                                std::vector<int32_t>(static_cast<size_t>(a.p)),
+                                std::vector<float>(static_cast<size_t>(rows_ * (*model_).o)),
+                                std::vector<double>(static_cast<size_t>(width_)), -1, -1});
         }
     }
 
@@ -201,7 +201,7 @@ class Game {
     const float* x(int64_t e) const { return a_.x + e * a_.m; }
 
     void value_of_all(int64_t e, Worker& w) {
-        const WalkStep all = {static_cast<int32_t>(a_.p), 1};
+        const WalkStep all = {static_cast<int32_t>(a_.p), 1, 1};
         kernels_.prepare(*model_, x(e), x(e), w.scratch.get());
         kernels_.evaluate(*model_, &all, 1, w.scratch.get(), w.values.data());
         std::copy_n(w.values.begin(), (*model_).o, full_.begin() + e * (*model_).o);
@@ -210,60 +210,70 @@ class Game {
     void lay_out_steps(int64_t unit, Worker& w) {
         if (w.walked == unit) return;
         w.walked = unit;
+        const auto p = static_cast<int32_t>(a_.p);
         WalkStep* step = w.steps.data();
-        *step++ = {static_cast<int32_t>(a_.p), 1};  // and the first walk goes on from here
+        *step++ = {p, 1, p};  // and the first walk goes on from here
         for (int64_t order = unit * a_.A; order < (unit + 1) * a_.A; ++order) {
-            for (int64_t j = 0; j < a_.p; ++j) w.order[a_.ranks[order * a_.p + j]] = static_cast<int32_t>(j);
-            for (int64_t t = 0; t + 1 < a_.p; ++t) *step++ = {w.order[t], t == 0 && order > unit * a_.A};
-            if (!a_.paired) continue;
-            for (int64_t t = a_.p - 1; t > 0; --t) *step++ = {w.order[t], t == a_.p - 1};
+            for (int32_t j = 0; j < p; ++j) w.order[static_cast<size_t>(a_.ranks[order * p + j])] = j;
+            for (int32_t t = 0; t + 1 < p; ++t) {
+                *step++ = {w.order[static_cast<size_t>(t)], t == 0 && order > unit * a_.A, p - 1 - t};
+            }
+            for (int32_t t = p - 1; t > 0 && a_.paired; --t) *step++ = {w.order[static_cast<size_t>(t)], t == p - 1, t};
         }
     }
 
-    // sums [rows, o] = the values of a cell's coalitions, added up over a block of background rows.
+    // sums [A, walks, p + 1, o] = the values of a cell's coalitions, added up over a block of background rows. The last
+    // of each walk, the full coalition, is left as it is.
     void walk(int64_t cell, int64_t block, Worker& w, double* sums) {
-        const int64_t e = cell / (a_.S * a_.U), stratum = cell / a_.U % a_.S;
+        const int64_t e = cell / (a_.S * a_.U), stratum = cell / a_.U % a_.S, o = (*model_).o;
         lay_out_steps(cell % (a_.S * a_.U), w);
         const int64_t first = crossed_ ? block * kRowsAtOnce : stratum;
         const int64_t last = crossed_ ? std::min(a_.n, first + kRowsAtOnce) : stratum + 1;
+        std::fill_n(sums, width_, 0.0);
         for (int64_t b = first; b < last; ++b) {
             if (w.prepared != e * a_.n + b) {
                 kernels_.prepare(*model_, x(e), a_.background + b * a_.m, w.scratch.get());
                 w.prepared = e * a_.n + b;
             }
             kernels_.evaluate(*model_, w.steps.data(), rows_, w.scratch.get(), w.values.data());
-            for (int64_t i = 0; i < width_; ++i) sums[i] = (b == first ? 0.0 : sums[i]) + w.values[i];
+            const float* none = w.values.data();
+            const float* values = none + o;
+            double* to = sums;
+            for (int64_t walk = 0; walk < a_.A * walks_; ++walk, to += o) {
+                for (int64_t j = 0; j < o; ++j) *to++ += none[j];
+                for (int64_t i = 0; i < (a_.p - 1) * o; ++i) *to++ += *values++;
+            }
         }
     }
 
     // The unit's mean gain of every player, and what it does to mean and m2.
     void fold(int64_t cell, const double* blocks, int64_t o, Worker& w) {
-        const int64_t e = cell / (a_.S * a_.U), unit = cell % (a_.S * a_.U), p = a_.p;
+        const int64_t e = cell / (a_.S * a_.U), unit = cell % (a_.S * a_.U), p = a_.p, walk = (p + 1) * o;
         double* v = w.sums.data();
         for (int64_t i = 0; i < width_; ++i) {
             v[i] = blocks[i];
             for (int64_t b = 1; b < blocks_; ++b) v[i] += blocks[b * width_ + i];
             if (crossed_) v[i] /= static_cast<double>(a_.n);
         }
-        const auto number = static_cast<double>(cell % a_.U + 1);
+        for (int64_t i = 0; i < a_.A * walks_; ++i) {
+            std::copy_n(full_.begin() + e * o, o, v + i * walk + p * o);
+        }
+        const auto number = static_cast<double>(cell % a_.U + 1), share = static_cast<double>(a_.A * walks_);
+        double *mean = a_.mean + cell / a_.U * p * o, *m2 = a_.m2 + cell / a_.U * p * o;
         for (int64_t j = 0; j < p; ++j) {
-            for (int64_t q = 0; q < o; ++q) {
+            for (int64_t q = 0; q < o; ++q, ++mean, ++m2) {
                 double gain = 0;
                 for (int64_t order = 0; order < a_.A; ++order) {
                     const int64_t r = a_.ranks[(unit * a_.A + order) * p + j];
-                    const double* forward = v + (order * walks_ * (p - 1)) * o + q;  // [t]: the first t of the order
-                    const double* back = forward + (p - 1) * o;                      // [t]: the last t of it
-                    const auto value = [&](const double* walk, int64_t t) {
-                        return t == p ? full_[static_cast<size_t>(e * o + q)] : t == 0 ? v[q] : walk[t * o];
-                    };
-                    const double one = value(forward, r + 1) - value(forward, r);
-                    gain += a_.paired ? (one + value(back, p - r) - value(back, p - r - 1)) / 2 : one;
+                    const double* at = v + order * walks_ * walk + r * o + q;
+                    gain += at[o] - at[0];
+                    if (!a_.paired) continue;
+                    at = v + (order * walks_ + 1) * walk + (p - 1 - r) * o + q;  // the players after j go first
+                    gain += at[o] - at[0];
                 }
-                gain /= static_cast<double>(a_.A);
-                const int64_t at = ((cell / a_.U) * p + j) * o + q;
-                const double before = gain - a_.mean[at];
-                a_.mean[at] += before / number;
-                a_.m2[at] += before * (gain - a_.mean[at]);
+                const double before = gain / share - *mean;
+                *mean += before / number;
+                *m2 += before * (gain / share - *mean);
             }
         }
     }

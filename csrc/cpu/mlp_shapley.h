@@ -35,9 +35,10 @@ struct Mlp {
     int64_t last_inputs;
 };
 
-// One coalition after another: start anew where `anew`, and add a player's columns; player p adds nothing.
+// One coalition after another: start anew where `anew`, and add a player's columns; player p adds nothing. `left`
+// counts the steps up to the next that starts anew, this one included.
 struct WalkStep {
-    int32_t player, anew;
+    int32_t player, anew, left;
 };
 
 // What a thread works in: addresses in one allocation, see mlp_shapley_kernel.h.

@@ -117,6 +117,47 @@ void walk(const Mlp& mlp, const Scratch& s, const WalkStep* steps, int64_t count
     if constexpr (G > 1) walk<code, Format, G / 2>(mlp, s, steps, count, panel, to);
 }
 
+// start and gains of panels from `panel` on, G at a time.
+template <int G>
+void prepare_panels(const Mlp& mlp, const float* x, const float* b, const Scratch& s, int64_t panel) {
+    constexpr int kVectors = kPanelLanes / kWidth;
+    const int64_t stride = mlp.m * kPanelLanes, step = (mlp.p + 1) * kPanelLanes;
+    for (; panel + G <= panels_of(mlp.first_outputs); panel += G) {
+        const float* W = mlp.first + panel * stride;
+        float* gain = s.gains + panel * step;
+        vf h[G][kVectors], sum[G][kVectors];
+        for (int g = 0; g < G; ++g) {
+            for (int v = 0; v < kVectors; ++v) h[g][v] = load(mlp.first_bias + (panel + g) * kPanelLanes + v * kWidth);
+        }
+        for (int64_t j = -1; j < mlp.p; ++j) {
+            for (int g = 0; g < G; ++g) {
+                for (int v = 0; v < kVectors; ++v) sum[g][v] = zero();
+            }
+            for (int64_t k = mlp.begin[j + 1]; k < mlp.begin[j + 2]; ++k) {
+                const int64_t c = mlp.column[k];
+                const vf before = set1(j < 0 ? x[c] : b[c]), change = set1(x[c] - b[c]);
+                for (int g = 0; g < G; ++g) {
+                    for (int v = 0; v < kVectors; ++v) {
+                        const vf w = load(W + g * stride + c * kPanelLanes + v * kWidth);
+                        h[g][v] = fma(before, w, h[g][v]);
+                        sum[g][v] = fma(change, w, sum[g][v]);
+                    }
+                }
+            }
+            for (int g = 0; g < G && j >= 0; ++g) {
+                for (int v = 0; v < kVectors; ++v) store(gain + g * step + j * kPanelLanes + v * kWidth, sum[g][v]);
+            }
+        }
+        for (int g = 0; g < G; ++g) {
+            for (int v = 0; v < kVectors; ++v) {
+                store(gain + g * step + mlp.p * kPanelLanes + v * kWidth, zero());
+                store(s.start + (panel + g) * kPanelLanes + v * kWidth, h[g][v]);
+            }
+        }
+    }
+    if constexpr (G > 1) prepare_panels<G / 2>(mlp, x, b, s, panel);
+}
+
 // Rows of `to`, columns of one panel: the activation of rows [count, stride] + bias [32].
 template <int code, class Format>
 void emit(const float* rows, int64_t stride, const float* bias, int64_t count, int64_t panel, Sink to) {
@@ -193,10 +234,12 @@ struct ReluDots {
 
 // values [count, o] from the sums that ReluDots left.
 inline void fold_dots(const Mlp& mlp, const float* out, int64_t count, float* values) {
-    for (int64_t i = 0; i < count * mlp.o; ++i, out += 16) {
-        vf lanes[kParts];
-        for (int part = 0; part < kParts; ++part) lanes[part] = load(out + part * kWidth);
-        values[i] = fold(lanes) + mlp.last_bias[i % mlp.o];
+    for (int64_t r = 0; r < count; ++r, values += mlp.o) {
+        for (int64_t j = 0; j < mlp.o; ++j, out += 16) {
+            vf lanes[kParts];
+            for (int part = 0; part < kParts; ++part) lanes[part] = load(out + part * kWidth);
+            values[j] = fold(lanes) + mlp.last_bias[j];
+        }
     }
 }
 
@@ -222,32 +265,7 @@ struct MlpLevel {
     static void prepare(const Mlp& mlp, const float* x, const float* b, char* memory) {
         Scratch s;
         divide<Level>(mlp, memory, s);
-        constexpr int kVectors = kPanelLanes / kWidth;
-        for (int64_t panel = 0; panel < panels_of(mlp.first_outputs); ++panel) {
-            const float* W = mlp.first + panel * mlp.m * kPanelLanes;
-            float* gain = s.gains + panel * (mlp.p + 1) * kPanelLanes;
-            vf h[kVectors];
-            for (int v = 0; v < kVectors; ++v) h[v] = load(mlp.first_bias + panel * kPanelLanes + v * kWidth);
-            for (int64_t g = -1; g < mlp.p; ++g) {
-                vf sum[kVectors];
-                for (int v = 0; v < kVectors; ++v) sum[v] = zero();
-                for (int64_t k = mlp.begin[g + 1]; k < mlp.begin[g + 2]; ++k) {
-                    const int64_t c = mlp.column[k];
-                    const vf before = set1(g < 0 ? x[c] : b[c]), change = set1(x[c] - b[c]);
-                    for (int v = 0; v < kVectors; ++v) {
-                        const vf w = load(W + c * kPanelLanes + v * kWidth);
-                        h[v] = fma(before, w, h[v]);
-                        sum[v] = fma(change, w, sum[v]);
-                    }
-                }
-                if (g < 0) continue;
-                for (int v = 0; v < kVectors; ++v) store(gain + g * kPanelLanes + v * kWidth, sum[v]);
-            }
-            for (int v = 0; v < kVectors; ++v) {
-                store(gain + mlp.p * kPanelLanes + v * kWidth, zero());
-                store(s.start + panel * kPanelLanes + v * kWidth, h[v]);
-            }
-        }
+        prepare_panels<kGroups>(mlp, x, b, s, 0);
     }
 
     static void evaluate(const Mlp& mlp, const WalkStep* steps, int64_t count, char* memory, float* values) {
@@ -291,12 +309,7 @@ struct MlpLevel {
     // How many of the `left` steps make the next sliver: parts as even as granules allow of all of them or, where
     // entries are listed, of one walk, since a jump between two walks leaves fewer entries zero.
     static int64_t next_sliver(const WalkStep* steps, int64_t left, bool lists) {
-        int64_t reach = left;
-        if (lists) {
-            int64_t walk = 1;
-            while (walk < left && !steps[walk].anew) ++walk;
-            if (walk >= Level::kRows / 2) reach = walk;
-        }
+        const int64_t reach = lists && steps->left >= Level::kRows / 2 ? steps->left : left;
         const int64_t parts = (reach + Level::kRows - 1) / Level::kRows;
         return part_start(reach, 1, parts, Level::kGranule);
     }

@@ -167,6 +167,8 @@ def test_a_backend_that_cannot_take_float64_says_so() -> None:
         for name in GOOD
     }
     wide |= {name: GOOD[name].double() for name in ("x", "background")}
-    refused = pytest.raises(errors.BackendError, match=r"cpu: dtype float64 \(has float32\)")
-    with use_backend("cpu"), refused:
+    with (
+        use_backend("cpu"),
+        pytest.raises(errors.BackendError, match=r"cpu: dtype float64 \(has float32\)"),
+    ):
         mlp_shapley(**wide)
