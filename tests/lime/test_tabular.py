@@ -238,7 +238,7 @@ def test_values_drawn_in_bins_stay_in_them() -> None:
         bins: Bins = bins_of(rows, edges)
         levels = of_bins(bins)
         uniform = random.rand(2, 20000)
-        level = levels.pick(uniform)
+        level = levels.pick(uniform, 20000)
         share = np.bincount(level[0], minlength=bins.count.shape[1]) / 20000
         np.testing.assert_allclose(share, bins.count[0] / 5000, atol=0.015)
         for values in (
@@ -251,7 +251,7 @@ def test_values_drawn_in_bins_stay_in_them() -> None:
 
 def test_categories_are_drawn_as_often_as_they_occur() -> None:
     levels = of_categories([np.array([5.0, 5.0, 7.0, 5.0]), np.array([1.0, 2.0, 3.0, 4.0])])
-    level = levels.pick(np.array([[0.0, 0.74, 0.75, 0.999], [0.0, 0.26, 0.5, 0.999]]))
+    level = levels.pick(np.array([[0.0, 0.74, 0.75, 0.999], [0.0, 0.26, 0.5, 0.999]]), 4)
     assert levels.values(level, None).tolist() == [[5, 5, 7, 7], [1, 2, 3, 4]]
     assert levels.level_of(np.array([7.0, 9.0])).tolist() == [1, -1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,10 @@ from microtome.lime.bins import Bins
 
 _BLOCK = 1 << 14  # numbers worked on at a time, which stay in the cache
 _COMPARE = 16  # levels up to which counting thresholds below u beats a binary search
+
+# Numbers in [0, 1) for each of L columns and K samples, [L, K]; or a function that returns those of
+# the next columns [n, K], so that no more of them exist than fit into the cache.
+Uniform = np.ndarray | Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +43,24 @@ class Levels:
     mean: np.ndarray
     scale: np.ndarray
 
-    def pick(self, uniform: np.ndarray) -> np.ndarray:
-        """[L, K] levels for uniform numbers [L, K]."""
-        V = self.share.shape[1]
-        if V > _COMPARE:
-            at = zip(self.share, uniform, strict=True)
-            found = [np.searchsorted(share, u, side="right") for share, u in at]
-            return np.minimum(np.stack(found), V - 1) if found else np.empty(uniform.shape, int)
-        level = np.zeros_like(uniform, dtype=np.uint8)
-        for v in range(V - 1):
-            level += uniform >= self.share[:, v, None]
+    def _blocks(self, K: int) -> Iterator[slice]:
+        """Columns to work on at a time."""
+        L = len(self.code)
+        step = max(1, _BLOCK // max(1, K))
+        return (slice(at, min(at + step, L)) for at in range(0, L, step))
+
+    def pick(self, uniform: Uniform, K: int) -> np.ndarray:
+        """[L, K] levels for uniform numbers."""
+        L, V = self.code.shape
+        level = np.zeros((L, K), dtype=np.uint8 if V <= _COMPARE else np.int64)
+        for part in self._blocks(K):
+            numbers = _next(uniform, part)
+            if V > _COMPARE:
+                for at, share, u in zip(range(L)[part], self.share[part], numbers, strict=True):
+                    level[at] = np.searchsorted(share, u, side="right")
+                continue
+            for v in range(V - 1):
+                level[part] += numbers >= self.share[part, v, None]
         return level
 
     def picked(self) -> Levels:
@@ -59,9 +71,9 @@ class Levels:
         return replace(self, low=self.low - start * slope, width=slope)
 
     def values(
-        self, level: np.ndarray, uniform: np.ndarray | None, out: np.ndarray | None = None
+        self, level: np.ndarray, uniform: Uniform | None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """[L, K] values of levels [L, K], from a uniform number [L, K] each.
+        """[L, K] values of levels [L, K], from a uniform number each.
 
         Args:
             level: what `pick` returned.
@@ -70,16 +82,13 @@ class Levels:
         """
         (L, K), V = level.shape, self.code.shape[1]
         out = np.empty((L, K)) if out is None else out
-        step = max(1, _BLOCK // max(1, K))
-        start = np.arange(0, step * V, V)[:, None]
-        for at in range(0, L, step):
-            part = slice(at, min(at + step, L))
-            flat = level[part] + start[: part.stop - at]
+        for part in self._blocks(K):
+            flat = level[part] + np.arange(0, (part.stop - part.start) * V, V)[:, None]
             if uniform is None:
                 out[part] = np.take(self.mean[part], flat)
                 continue
             inner = np.take(self.width[part], flat)
-            inner *= uniform[part]
+            inner *= _next(uniform, part)
             inner += np.take(self.low[part], flat)
             # 1 - 2^-53: an end that rounds to one would be infinity.
             np.clip(inner, -1 + 2**-53, 1 - 2**-53, out=inner)
@@ -92,6 +101,10 @@ class Levels:
         """[L] levels of one code per column; -1 where the background never has it."""
         same = self.code == codes[:, None]
         return np.where(same.any(1), same.argmax(1), -1)
+
+
+def _next(uniform: Uniform, part: slice) -> np.ndarray:
+    return uniform(part.stop - part.start) if callable(uniform) else uniform[part]
 
 
 def of_bins(bins: Bins) -> Levels:

@@ -118,7 +118,7 @@ class Neighbourhood:
             normal = torch.erfinv(2 * normal - 1).mul_(math.sqrt(2))
         else:
             normal = torch.randn(c, K, dtype=torch.float64, generator=random)
-        level = self.levels.pick(uniform.numpy())
+        level = self.levels.pick(uniform.numpy(), K)
         rows, levels = np.empty((K, m)), self.levels.picked()
         if m == L:
             levels.values(level, uniform.numpy(), out=rows.T)

@@ -13,7 +13,7 @@ import torch
 from microtome.errors import ArgumentError
 from microtome.integrations.lime.base import random_state_of
 from microtome.lime.bins import bins_of, edges_of, padded
-from microtome.lime.levels import Levels, cumulative
+from microtome.lime.levels import Levels, Uniform, cumulative
 
 _STATS = ("means", "mins", "maxs", "stds", "feature_values", "feature_frequencies")
 
@@ -89,15 +89,15 @@ class Discretizer:
         out[:, list(self.means)] = levels.values(level, uniform).T
         return out.reshape(data.shape)
 
-    def uniform(self, levels: Levels, level: np.ndarray, row: Mapping[int, int]) -> np.ndarray:
-        """[L, K] numbers for the values within the bins, drawn in lime's order.
+    def uniform(self, levels: Levels, level: np.ndarray, row: Mapping[int, int]) -> Uniform:
+        """Numbers for the values within the bins, drawn in lime's order.
 
         Column after column, and only where a bin holds more than one value.
         """
         order = [row[j] for j in self.means]
         some = (levels.scale > 0) | np.isnan(levels.code)
         if some.all() and order == list(range(len(level))):
-            return self.random_state.random_sample(level.shape)
+            return lambda n: self.random_state.random_sample((n, level.shape[1]))
         out = np.zeros(level.shape)
         for at in order:
             drawn = some[at][level[at]]

@@ -54,8 +54,7 @@ class TableSampler:
         smooth = self.explainer.discretizer is None
         data = self._continuous(row, K, method) if smooth else np.empty((K, m))
         L = len(self.columns)
-        uniform = random.random_sample((L, K))
-        level = levels.pick(uniform)
+        level = levels.pick(lambda n: random.random_sample((n, K)), K)
         first = row if smooth else self.explainer.discretizer.discretize(row)
         own = levels.level_of(first[self.columns])
         on = np.empty((K, L), dtype=bool)
