@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -115,15 +116,18 @@ def main() -> None:
     sides = {"microtome": ours(asked, walks)}
     sides |= {f"captum {n} at once": captum(asked, walks, n) for n in asked_for.at_once}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     values = {}
     for rep in range(asked_for.reps + 1):  # the first is for what happens once in a process
         for name, run in sides.items():
             if rep == 0 and name not in ("microtome", next(reversed(sides))):
                 continue
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             values[name] = run()
             if rep:
                 seconds[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - used)
+            print(name, rep, time.perf_counter() - start, file=sys.stderr, flush=True)
     best = {name: min(taken) for name, taken in seconds.items()}
     peer = min((name for name in best if name != "microtome"), key=best.__getitem__)
     mine, theirs = values["microtome"], values[peer].double()
@@ -134,7 +138,9 @@ def main() -> None:
         "tokens": sweep.length,
         "differ": sweep.differ,
         "seconds": {name: [round(s, 3) for s in taken] for name, taken in seconds.items()},
+        "cpu_seconds": {name: [round(s, 3) for s in taken] for name, taken in cpu.items()},
         "ratio": round(best[peer] / best["microtome"], 2),
+        "cpu_ratio": round(min(cpu[peer]) / min(cpu["microtome"]), 2),
         "apart": float((mine - theirs).abs().max()),
         "largest": float(mine.abs().max()),
         "threads": asked_for.threads,
