@@ -5,8 +5,10 @@ from microtome.shapley.exact import exact
 from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.inputs import InputGame
-from microtome.shapley.interactions import Interactions, interactions
+from microtome.shapley.interaction_values import Interactions
+from microtome.shapley.interactions import interactions
 from microtome.shapley.kernel import kernel
+from microtome.shapley.owen import partition
 from microtome.shapley.permutation import permutation
 from microtome.shapley.players import Players
 from microtome.shapley.result import ShapleyValues
@@ -23,5 +25,6 @@ __all__ = [
     "explain",
     "interactions",
     "kernel",
+    "partition",
     "permutation",
 ]
