@@ -8,8 +8,10 @@ from microtome.shapley.explain import explain
 from microtome.shapley.game import Game, MeanGame, SetGame
 from microtome.shapley.image import image_game
 from microtome.shapley.inputs import InputGame
-from microtome.shapley.interactions import Interactions, interactions
+from microtome.shapley.interaction_values import Interactions
+from microtome.shapley.interactions import interactions
 from microtome.shapley.kernel import kernel
+from microtome.shapley.owen import partition
 from microtome.shapley.permutation import permutation
 from microtome.shapley.players import Players
 from microtome.shapley.result import ShapleyValues
@@ -32,6 +34,7 @@ __all__ = [
     "image_game",
     "interactions",
     "kernel",
+    "partition",
     "parts",
     "permutation",
     "plots",

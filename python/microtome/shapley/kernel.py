@@ -54,7 +54,7 @@ def kernel(
 
     over sampled coalitions: of sizes from the outside in all there are while the budget lasts, of
     the others some without replacement. Every background row has its own coalitions and its own
-    fit, unless `shared`: at the same number of model rows the error is then about a quarter
+    fit, unless `shared`: at the same number of model rows the error is then about a third
     (docs/shapley.md). All rows explained and all outputs share coalitions and factorisations.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,7 +107,7 @@ def permutation(
     stop = Stop(op, target_error, seconds)
     n = game.backgrounds
     S = 1 if shared else n
-    plan = _plan(op, game, design, S, n_permutations, max_evaluations, stop)
+    plan = plan_walks(op, game, design, S, n_permutations, max_evaluations, stop)
     walker: Walker | None = None
     if linked is None:
         walker = mlp_walker(op, game, S, precision)
@@ -115,10 +115,10 @@ def permutation(
         msg = f"{op}: precision='bf16' needs the white-box path, which has no link. Drop one."
         raise ArgumentError(msg)
     walker = walker or GameWalker(game, S, linked)
-    return _sample(game, walker, plan, S, stop, seed, memory, progress, linked)
+    return sample(game, walker, plan, S, stop, seed, memory, progress, linked)
 
 
-def _plan(
+def plan_walks(
     op: str,
     game: Game,
     name: str,
@@ -154,7 +154,7 @@ def _plan(
     return replace(found, U=max(1, min(found.U, fits)))
 
 
-def _sample(
+def sample(
     game: Game,
     walker: Walker,
     plan: Design,
@@ -164,7 +164,10 @@ def _sample(
     memory: int,
     progress: bool,
     link: Link | None,
+    draw: Callable[[Design, int, int, int, int], Tensor] = ranks,
+    method: str = "permutation",
 ) -> ShapleyValues:
+    """Walk what `draw` gives until the plan or a stop ends it."""
     e, p = game.explicands, plan.p
     o = game.ends()[1].shape[1]
     each = max(1, game.rows_per_round // max(1, plan.steps * game.backgrounds))  # units a round
@@ -174,9 +177,7 @@ def _sample(
     stderr = torch.full_like(values, math.nan)
     block = max(1, memory // max(1, 8 * o * S * max(3 * p, each * plan.A * (2 * p + 1))))
     quick = e * plan.U <= each  # one round: no bar, which would cost a part of it
-    bar = tqdm(
-        total=e * plan.U, desc="permutation", unit="unit", delay=1.0, disable=quick or not progress
-    )
+    bar = tqdm(total=e * plan.U, desc=method, unit="unit", delay=1.0, disable=quick or not progress)
     interrupted, done = False, 0
     with bar:
         for at in range(0, e, block):
@@ -186,7 +187,7 @@ def _sample(
             try:
                 for first in range(0, plan.U, each):
                     units = min(each, plan.U - first)
-                    part = ranks(plan, S, first, units, seed)
+                    part = draw(plan, S, first, units, seed)
                     moments.add(*walker(part, plan.paired, moments.who), units)
                     bar.update(units * len(who))
                     done = at + len(who)
@@ -209,7 +210,7 @@ def _sample(
     design = plan.name if S == 1 else f"{plan.name}, every background row its own"
     notes.insert(0, design)
     return finish(
-        game, values, stderr, "permutation", interrupted=interrupted,
+        game, values, stderr, method, interrupted=interrupted,
         note="; ".join(filter(None, notes)), engine=walker.engine, link=link,
     )  # fmt: skip
 
