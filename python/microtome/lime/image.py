@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome._seed import generator
 from microtome.errors import ShapeError
@@ -19,6 +18,7 @@ from microtome.lime.model import Model
 from microtome.lime.result import LimeExplanation, finish
 from microtome.lime.ridge import Fit
 from microtome.lime.segments import Curtain, hidden, segments_of
+from microtome.shapley import running
 from microtome.shapley.call import as_function
 from microtome.shapley.game import MEMORY
 
@@ -42,7 +42,7 @@ def explain_image(
     seed: int = 0,
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LimeExplanation:
     """Explain images by the segments whose hiding changes f.
 
@@ -99,7 +99,7 @@ def explain_image(
         for image, cut in zip(images, cuts, strict=True)
     ]
     runs: list[Fit] = []
-    with tqdm(total=len(images) * repeats, desc=op, unit="image", disable=not progress) as bar:
+    with running.bar(len(images) * repeats, op, "image", progress) as bar:
         for run in range(repeats):
             systems = []
             for i, (curtain, cut) in enumerate(zip(curtains, cuts, strict=True)):

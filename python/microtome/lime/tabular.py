@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
@@ -28,6 +27,7 @@ from microtome.lime.model import Model
 from microtome.lime.neighbourhood import Neighbourhood, Samples, words_of
 from microtome.lime.result import LimeExplanation, finish
 from microtome.lime.ridge import Fit
+from microtome.shapley import running
 from microtome.shapley.call import as_function
 from microtome.shapley.game import MEMORY
 
@@ -58,7 +58,7 @@ def explain_tabular(
     seed: int = 0,
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LimeExplanation:
     """Explain rows of a table by sparse linear models of f around them.
 
@@ -132,7 +132,7 @@ def explain_tabular(
     if near.binary and isinstance(distance, str) and distance in ("euclidean", "cosine"):
         table = weights_of(op, kernel, binary_distances(distance, m))
     runs: list[Fit] = []
-    with tqdm(total=e * repeats, desc=op, unit="row", disable=not progress) as bar:
+    with running.bar(e * repeats, op, "row", progress) as bar:
         for run in range(repeats):
             samples = near.draw(num_samples - 1, seed + run, sampling)
             values = _values(model, columns, samples) if near.shared else None

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome._seed import generator
 from microtome.errors import ArgumentError
@@ -19,6 +18,7 @@ from microtome.lime.model import Model
 from microtome.lime.result import LimeExplanation, finish
 from microtome.lime.ridge import Fit
 from microtome.lime.words import Split, Words
+from microtome.shapley import running
 from microtome.shapley.call import as_function
 
 
@@ -42,7 +42,7 @@ def explain_text(
     seed: int = 0,
     batch: int = 1024,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LimeExplanation:
     """Explain texts by the words whose removal changes f.
 
@@ -103,7 +103,7 @@ def explain_text(
     model = Model(op, function, outputs, batch)
     prediction = model.explicands(lambda a, b: texts[a:b], len(texts), check)
     runs: list[Fit] = []
-    with tqdm(total=len(cut) * repeats, desc=op, unit="text", disable=not progress) as bar:
+    with running.bar(len(cut) * repeats, op, "text", progress) as bar:
         for run in range(repeats):
             systems = []
             for i, words in enumerate(cut):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.game import MEMORY
 from microtome.shapley.partial_walks import Cut, Sampler
@@ -40,7 +40,7 @@ def adaptive(
     seed: int = 0,
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ShapleyValues:
     """Find the k players with the largest Shapley values among many.
 
@@ -75,7 +75,7 @@ def adaptive(
         seed: of permutations and draws.
         memory: bytes of rows in one call of f.
         check: as in `permutation`.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         ShapleyValues [e, p] with standard errors. Players that were given up early have larger
@@ -133,7 +133,7 @@ def adaptive(
     stderr = torch.full_like(values, math.nan)
     notes, interrupted = [], False
     total = game.explicands * budget
-    with tqdm(total=total, desc=op, unit="evaluation", disable=not progress) as bar:
+    with running.bar(total, op, "evaluation", progress) as bar:
         for i in range(game.explicands):
             sampler = Sampler(game, i, Cut(truncation, side, finish_rate), seed)
             race = _Race(sampler, k, by, confidence, tolerance)

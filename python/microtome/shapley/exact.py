@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome.errors import ArgumentError
 from microtome.ops import coalition_gram
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.coalitions import MEAN, of_members, pack
 from microtome.shapley.game import MEMORY, Game
@@ -33,7 +33,7 @@ def exact(
     link: str | Link = "identity",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ShapleyValues:
     """Shapley values from every one of the 2^p coalitions: no sampling, no error but rounding.
 
@@ -52,7 +52,7 @@ def exact(
         link: "identity", "logit", or a function: explains link(mean over background of f).
         memory: bytes of rows in one call of f, and of values held.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         ShapleyValues, [e, p] or [e, p, o], with exact=True and standard errors of zero.
@@ -85,7 +85,7 @@ def exact(
     weights = player_weights(p)
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
     block = max(1, memory // (8 * o * min(1 << p, _CHUNK)))
-    bar = tqdm(total=e << p, desc=op, unit="coalition", disable=not progress)
+    bar = running.bar(e << p, op, "coalition", progress)
     done = 0
     try:
         with bar:

@@ -37,7 +37,7 @@ def explain(
     link: str | Link = "identity",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> ShapleyValues:
     """Shapley values by the best way there is for this model; `note` says which and why.
@@ -61,7 +61,7 @@ def explain(
             background rows then share their permutations.
         memory: bytes of rows in one call of f.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
         **options: what else the estimator takes, if it is named by `method`.
 
     Returns:

@@ -14,7 +14,7 @@ from microtome.errors import ArgumentError
 from microtome.ops import coalition_inputs
 from microtome.shapley.call import Outputs, as_function, check_deterministic, parameter_of
 from microtome.shapley.coalitions import MEAN
-from microtome.shapley.game import MEMORY
+from microtome.shapley.game import MEMORY, rows_a_call
 from microtome.shapley.players import Players, column_players
 from microtome.shapley.rows import Rows
 
@@ -28,7 +28,7 @@ class InputGame:
         x: [e, ...] rows to explain; [m] for one row of a table.
         background: [n, ...] rows that absent players are drawn from.
         groups: as in players.column_players, over the flattened columns. Or (Players, [m] int32).
-        memory: bytes of rows in one call of f.
+        memory: bytes of rows in one call of f, at most.
         check: call f twice on the rows to explain, to find out whether it is deterministic.
         op: name for messages.
 
@@ -66,7 +66,7 @@ class InputGame:
             self.player = self.player.to(self.rows.x.device)
         self.explicands, self.backgrounds = len(self.rows.x), len(self.rows.background)
         self.evaluations = 0
-        self.per_call = max(1, memory // max(1, self.rows.row_bytes))
+        self.per_call = rows_a_call(memory, self.rows.row_bytes, self.rows.x.device)
         self._call = Outputs(f"{op}: f", function, self._hint)
         self._ends: tuple[Tensor, Tensor] | None = None
 

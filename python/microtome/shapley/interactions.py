@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.coalitions import MEAN, spans, unpack
 from microtome.shapley.exact import affordable, every_coalition
@@ -50,7 +50,7 @@ def interactions(
     link: str | Link = "identity",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Interactions:
     """Shapley interactions of up to `order` players (indices.py says what each index is).
 
@@ -78,7 +78,7 @@ def interactions(
         link: "identity", "logit", or a function: explains link(mean over background of f).
         memory: bytes of rows in one call of f, and of values held.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         Interactions, by set and as a matrix, with standard errors.
@@ -294,7 +294,7 @@ def _collect(
     block = max(1, memory // (8 * o * max(run.each, len(sets))))
     done = 0
     try:
-        with tqdm(total=e, desc=op, unit="row", disable=not progress) as bar:
+        with running.bar(e, op, "row", progress) as bar:
             for at in range(0, e, block):
                 who = torch.arange(at, min(at + block, e))
                 values[who], error = run(who, empty[who], full[who])

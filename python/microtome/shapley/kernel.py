@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.coalitions import MEAN, spans
 from microtome.shapley.game import MEMORY, Game
@@ -45,7 +45,7 @@ def kernel(
     link: str | Link = "identity",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ShapleyValues:
     """Estimate Shapley values by a weighted linear fit of coalitions' values (KernelSHAP).
 
@@ -79,7 +79,7 @@ def kernel(
             links than the identity need shared=True.
         memory: bytes of rows in one call of f, and of values held.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         ShapleyValues, [e, p] or [e, p, o]; sums match f(x) - mean f(b). Standard errors are the
@@ -320,7 +320,7 @@ def _sample(op: str, fit: _Fit, sampling: str, memory: int, progress: bool) -> S
     stderr = torch.full_like(values, math.nan)
     block = max(1, memory // max(1, 16 * o * S * largest.coalitions))
     interrupted, done = False, 0
-    with tqdm(total=e, desc=op, unit="row", disable=not progress) as bar:
+    with running.bar(e, op, "row", progress) as bar:
         for at in range(0, e, block):
             who = torch.arange(at, min(at + block, e))
             try:

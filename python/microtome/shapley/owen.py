@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.coalitions import MEAN, of_members, pack, unpack
 from microtome.shapley.game import MEMORY, Game
@@ -52,7 +52,7 @@ def partition(
     link: str | Link = "identity",
     memory: int = MEMORY,
     check: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ShapleyValues:
     """Owen values over a hierarchy: a player's mean effect over orders that keep groups together.
 
@@ -85,7 +85,7 @@ def partition(
             under another than the identity needs shared=True.
         memory: bytes of rows in one call of f, and of values held.
         check: call f twice on x to find out whether it is deterministic.
-        progress: show a progress bar.
+        progress: show a progress bar, if it takes longer than a second.
 
     Returns:
         ShapleyValues, [e, p] or [e, p, o], with method "owen".
@@ -173,7 +173,7 @@ def _exact(
     background = MEAN if game.backgrounds > 1 else 0
     done = 0
     try:
-        with tqdm(total=e * len(words), desc=op, unit="coalition", disable=not progress) as bar:
+        with running.bar(e * len(words), op, "coalition", progress) as bar:
             for at in range(0, e, block):
                 who = torch.arange(at, min(at + block, e))
                 total = torch.zeros(len(who), p, o, dtype=torch.float64)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from microtome.errors import ArgumentError
+from microtome.shapley import running
 from microtome.shapley._start import as_game
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.link import Link, link_of
@@ -177,7 +177,7 @@ def sample(
     stderr = torch.full_like(values, math.nan)
     block = max(1, memory // max(1, 8 * o * S * max(3 * p, each * plan.A * (2 * p + 1))))
     quick = e * plan.U <= each  # one round: no bar, which would cost a part of it
-    bar = tqdm(total=e * plan.U, desc=method, unit="unit", delay=1.0, disable=quick or not progress)
+    bar = running.bar(e * plan.U, method, "unit", progress and not quick)
     interrupted, done = False, 0
     with bar:
         for at in range(0, e, block):

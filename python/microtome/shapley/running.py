@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from microtome.errors import ArgumentError
 
@@ -108,3 +110,8 @@ def relative_error(values: Tensor, stderr: Tensor) -> Tensor:
     """[e, o]: RMS standard error over players by RMS value over players; 0 where both are 0."""
     size, error = (a.square().mean(1).sqrt() for a in (values, stderr))
     return torch.where(error == 0, error, error / size)
+
+
+def bar(total: int, what: str, unit: str, progress: bool) -> Any:
+    """A progress bar for what takes longer than a second, or none at all."""
+    return tqdm(total=total, desc=what, unit=unit, delay=1.0, disable=not progress)

@@ -114,7 +114,7 @@ def explain_text(
     texts: str | Sequence[str],
     *,
     estimator: Callable[..., ShapleyValues] = permutation,
-    progress: bool = False,
+    progress: bool = True,
     tokenizer: Any = None,
     unit: str = "word",
     mask: str | int | None = None,
@@ -147,7 +147,7 @@ def explain_text(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     results = []
-    for i, text in enumerate(tqdm(texts, desc="explain_text", disable=not progress)):
+    for i, text in enumerate(tqdm(texts, desc="explain_text", delay=1.0, disable=not progress)):
         try:
             game = text_game(
                 f, text, tokenizer=tokenizer, unit=unit, mask=mask, separators=separators,

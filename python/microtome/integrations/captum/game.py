@@ -13,11 +13,8 @@ from microtome.integrations.captum.arguments import Request
 from microtome.integrations.captum.targets import as_output, for_rows, selected
 from microtome.ops import coalition_inputs
 from microtome.shapley.call import Outputs
-from microtome.shapley.game import MEMORY
+from microtome.shapley.game import MEMORY, rows_a_call
 from microtome.shapley.players import Players
-
-# On a processor, larger calls leave the cache and take longer; fewer than 64 rows are not worth it.
-_CACHE, _ROWS = 2 << 20, 64
 
 
 class ForwardGame:
@@ -91,9 +88,7 @@ class ForwardGame:
         e, p = self.asked.rows, len(self.players)
         ranks = torch.arange(p, dtype=torch.int32)[None]
         row_bytes = sum(x.shape[1] * x.element_size() for x in self.x)
-        on_cpu = self.x[0].device.type == "cpu"
-        fits = min(self.memory, max(_CACHE, _ROWS * row_bytes)) if on_cpu else self.memory
-        self.per_call = max(2, fits // max(1, row_bytes))
+        self.per_call = max(2, rows_a_call(self.memory, row_bytes, self.x[0].device))
         if self.perturbations is not None:
             self.per_call = min(self.per_call, self.perturbations * e)
         two = torch.tensor([[0, 0, 0, 0], [0, 0, 0, p]])
