@@ -106,15 +106,30 @@ CALLS = {
     "any callable, all rows": _permutation(1.0, white=False),
     "any callable, a fifth of the rows": _permutation(0.2, white=False),
     "kernel, any callable": _kernel(),
-    "kernel, leverage, any callable": _kernel(sampling="leverage"),
+    "kernel, shared coalitions, any callable": _kernel(shared=True),
     "shap drop-in": _drop_in,
 }
+
+
+def _captum(question: Question) -> Contender:
+    from microtome.integrations.captum import ShapleyValueSampling
+
+    method = ShapleyValueSampling(question.torch)
+    samples = question.case.coalitions // question.case.columns
+
+    def run(seed: int) -> Tensor:
+        return method.attribute(question.x, baselines=question.background, n_samples=samples)
+
+    return Contender(run, question.case.coalitions)
+
+
 ONE = {
     "any callable, antithetic": _permutation(1.0, white=False),
     "any callable, orthogonal": _permutation(1.0, white=False, design="orthogonal"),
     "white box": _permutation(1.0, white=True),
     "kernel, any callable": _kernel(),
     "shap drop-in": _drop_in,
+    "captum drop-in, SVS": _captum,
 }
 SHAPLEY = {**WHITE, **CALLS}
 MANY = {name: WHITE[name] for name in ("white box, all rows", "white box, a fifth of the rows")}
