@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 comma := ,
 CHANGED := $(shell find csrc CMakeLists.txt pyproject.toml -newer $(VENV)/.built 2>/dev/null | head -1)
 
-.PHONY: help env build demo test test-triton sanitize lint type bench bench-patching ci clean FORCE
+.PHONY: help env build demo test test-triton sanitize lint type bench bench-patching bench-shapley ci clean FORCE
 
 help:  ## what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -70,6 +70,9 @@ bench: $(VENV)/.env-bench $(VENV)/.built $(VENV)/.models  ## us, the peers and t
 	-$(PY) -m pip uninstall -q -y torchvision
 	$(PIP) --no-deps dictionary-learning==0.1.0
 	$(PY) benchmarks/run.py --out benchmarks/results
+
+bench-shapley: $(VENV)/.env-bench $(VENV)/.built  ## Shapley values and LIME: us, shap, captum, shapiq and lime (15 minutes)
+	$(PY) benchmarks/shapley.py
 
 # The peers of patching need newer packages than those of `bench`, so they get an environment of their own, torch first
 # again. microtome goes in as a wheel, so that ours and the peers run on one torch.

@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+HEADS = "heads-144"  # a case of its own: heads of a language model as players
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -28,12 +29,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def failed(case: str, contender: str, threads: int, output: str) -> Row:
+    """The row of a child that left none."""
+    error = " ".join(output.splitlines()[-4:])
+    key = {"case": case, "contender": contender, "threads": threads}
+    return {**key, "status": "FAILED", "error": error}
+
+
 def rows_of(name: str, threads: int, options: argparse.Namespace) -> list[Row]:
     """The rows of a case: one child for all contenders, who take turns; for memory one for each."""
     from benchmarks.child import child
     from benchmarks.shapley_case import CASES
     from benchmarks.shapley_child import ways
 
+    if name == HEADS:
+        request = {"cache": str(options.cache), "threads": threads, "walks": 7, "reps": 3}
+        found, output = child(
+            "shapley_heads", json.dumps(request), threads=threads, timeout=options.timeout
+        )
+        return found or [failed(name, "all", threads, output)]
     alone = CASES[name].what == "memory"
     rows: list[Row] = []
     for only in ways(name) if alone else [""]:
@@ -43,9 +57,7 @@ def rows_of(name: str, threads: int, options: argparse.Namespace) -> list[Row]:
             "shapley_child", json.dumps(request), threads=threads, timeout=options.timeout
         )
         if not found:
-            error = " ".join(output.splitlines()[-4:])
-            found = [{"case": name, "contender": only or "all", "threads": threads,
-                      "status": "FAILED", "error": error}]  # fmt: skip
+            found = [failed(name, only or "all", threads, output)]  # fmt: skip
         rows += found
     return rows
 
@@ -60,16 +72,17 @@ def main(arguments: list[str]) -> int:
         for result in render.read(options.render):
             print(render.markdown(result))
         return 0
-    unknown = [word for word in options.only if word not in CASES]
+    there = [*CASES, HEADS]
+    unknown = [word for word in options.only if word not in there]
     if unknown:
-        msg = f"shapley.py: --only {unknown[0]!r} is no case. There are {', '.join(CASES)}."
+        msg = f"shapley.py: --only {unknown[0]!r} is no case. There are {', '.join(there)}."
         raise SystemExit(msg)
     path = options.out / f"{options.name}-{machine.isa()}.json"
     old = json.loads(path.read_text())["rows"] if options.merge and path.exists() else []
     about = machine.describe(max(options.threads))
     result: dict[str, Any] = {"kind": "shapley", "machine": about, "rows": old}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.only or CASES:
+    for name in options.only or there:
         for threads in options.threads:
             new = rows_of(name, threads, options)
             for row in new:

@@ -1,17 +1,13 @@
 """Heads as players: coalitions of the 144 heads of a GPT-2 small, beside captum with hooks.
 
 Both sides walk the same permutations, so they evaluate the same coalitions and must give the same
-values; they alternate in one process and the best of the repeats counts. Run by hand:
-
-    python -m benchmarks.shapley_heads --walks 7 --reps 3
+values; they take turns in one process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import tempfile
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.checks import DisagreementError
 from benchmarks.patching_case import ANSWERS, SWEEPS, Question, question, save_model
 from microtome.patching import logit_difference
 from microtome.shapley import ShapleyValues, parts, permutation
 from microtome.shapley.orders import design_of, ranks
 from microtome.shapley.parts_game import ROWS
+
+CASE = "heads-144"
+AT_ONCE = (36, 144)  # perturbations in a call of captum: around the quickest
 
 
 def ours(asked: Question, walks: int) -> Callable[[], Tensor]:
@@ -99,55 +98,46 @@ def permutations(p: int, walks: int) -> Iterator[Tensor]:
         yield from ranks(plan, 1, first, min(each, walks - first), 0)[0, :, 0].argsort(-1)
 
 
-def main() -> None:
-    """Measure and print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--walks", type=int, default=7)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--at-once", type=int, nargs="+", default=[16, 36, 144])
-    parser.add_argument("--prompts", choices=("one", "all"), default="one")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    asked_for = parser.parse_args()
-    torch.set_num_threads(asked_for.threads)
-    sweep = SWEEPS["head-16" if asked_for.prompts == "one" else "head-16-all"]
-    asked = question(sweep, save_model(asked_for.folder, sweep.shape))
-    walks = asked_for.walks
+def main(result_path: str, request: str) -> None:
+    """Entry of the child: `request` is JSON (cache, threads, walks, reps); rows to `result_path`.
+
+    Raises:
+        DisagreementError: the two sides give different values.
+    """
+    asked_for = json.loads(request)
+    torch.set_num_threads(asked_for["threads"])
+    sweep = SWEEPS["head-16"]
+    asked = question(sweep, save_model(Path(asked_for["cache"]), sweep.shape))
+    walks = asked_for["walks"]
     sides = {"microtome": ours(asked, walks)}
-    sides |= {f"captum {n} at once": captum(asked, walks, n) for n in asked_for.at_once}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    values = {}
-    for rep in range(asked_for.reps + 1):  # the first is for what happens once in a process
+    sides |= {f"captum SVS, hooks, {n} a call": captum(asked, walks, n) for n in AT_ONCE}
+    ms: dict[str, list[float]] = {name: [] for name in sides}
+    values: dict[str, Tensor] = {}
+    for turn in range(asked_for["reps"] + 1):  # the first is for what happens once in a process
         for name, run in sides.items():
-            if rep == 0 and name not in ("microtome", next(reversed(sides))):
+            if turn == 0 and name not in ("microtome", next(reversed(sides))):
                 continue
-            start, used = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             values[name] = run()
-            if rep:
-                seconds[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - used)
-            print(name, rep, time.perf_counter() - start, file=sys.stderr, flush=True)
-    best = {name: min(taken) for name, taken in seconds.items()}
-    peer = min((name for name in best if name != "microtome"), key=best.__getitem__)
-    mine, theirs = values["microtome"], values[peer].double()
-    about = describe(asked_for.threads)
-    row = {
-        "players": len(mine),
-        "coalitions": walks * (len(mine) - 1) + 2,
-        "tokens": sweep.length,
-        "differ": sweep.differ,
-        "seconds": {name: [round(s, 3) for s in taken] for name, taken in seconds.items()},
-        "cpu_seconds": {name: [round(s, 3) for s in taken] for name, taken in cpu.items()},
-        "ratio": round(best[peer] / best["microtome"], 2),
-        "cpu_ratio": round(min(cpu[peer]) / min(cpu["microtome"]), 2),
-        "apart": float((mine - theirs).abs().max()),
-        "largest": float(mine.abs().max()),
-        "threads": asked_for.threads,
-        "machine": {key: about[key] for key in ("cpu", "isa", "load_average", "versions")},
-    }
-    print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()
+            if turn:
+                ms[name].append(1e3 * (time.perf_counter() - start))
+    mine = values["microtome"]
+    with Path(result_path).open("a") as file:
+        for name, taken in ms.items():
+            apart = float((mine - values[name]).abs().max())
+            if apart > 1e-5:
+                msg = f"{name}: values differ by {apart:.2g}"
+                raise DisagreementError(msg)
+            row = {
+                "case": CASE,
+                "contender": name,
+                "threads": asked_for["threads"],
+                "status": "ok",
+                "ms": statistics.median(taken),
+                "ms_least": min(taken),
+                "ms_most": max(taken),
+                "turns": len(taken),
+                "evaluations": walks * (len(mine) - 1) + 2,
+                "apart": apart,
+            }
+            file.write(json.dumps(row) + "\n")

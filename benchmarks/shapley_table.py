@@ -42,7 +42,7 @@ def _table(rows: list[Row]) -> list[str]:
         lines.append(
             f"| {row['contender']} | {row['ms']:.3f} | {row['ms_least']:.3f} - "
             f"{row['ms_most']:.3f} | {row['evaluations']:.0f} | {error} | {equal} | "
-            f"{row['first_ms']:.1f} |"
+            f"{row.get('first_ms', 0.0):.1f} |"
         )
     return lines
 

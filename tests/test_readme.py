@@ -25,10 +25,20 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-sae" / "cfg.json").exists()
     assert (tmp_path / "heads.png").exists()
     assert names["sweep"].engine == "native"
+    assert (tmp_path / "waterfall.png").exists()
+    assert names["heads_phi"].check_additivity().shape == (1,)
     assert capsys.readouterr().out.startswith("0.")
 
 
-PAGES = ["training", "activations", "patching", "shapley", "shapley_parts"]
+PAGES = [
+    "training",
+    "activations",
+    "patching",
+    "shapley",
+    "shapley_parts",
+    "shapley_dropins",
+    "lime",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -52,6 +62,11 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     elif page == "shapley_parts":
         assert names["found"].check_additivity().shape == (2,)
         assert len(names["neurons"].players) == 1024
+    elif page == "shapley_dropins":
+        assert names["explanation"].values.tolist() == [[2.0, 2.0, 2.0]]
+    elif page == "lime":
+        assert (tmp_path / "bars.png").exists()
+        assert names["found"].stability.seeds == 3
     else:
         assert names["acts"]["z.0"].shape == (4, 16, 4, 16)
         assert len(names["held_out"]) == 16
@@ -77,7 +92,7 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/training.md", "docs/activations.md"]
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 )
 def test_every_link_to_a_file_leads_somewhere(page):
     path = ROOT / page
