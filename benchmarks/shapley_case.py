@@ -42,7 +42,7 @@ CASES = {
         Case("mlp-30-100", 30, 100, 610),
         Case("mlp-30-100-more", 30, 100, 2135),
         Case("mlp-30-1", 30, 1, 610),
-        Case("mlp-30-100-many", 30, 100, 610, explicands=100),
+        Case("mlp-30-100-many", 30, 100, 610, explicands=256),
         Case("lime-5000", 30, 1, 5000, what="lime"),
         Case("mlp-784-100", 784, 100, 1569, explicands=1, what="memory"),
     )
@@ -154,7 +154,7 @@ def question(case: Case, cache: Path) -> Question:
         return Question(case, net, background, x, background, torch.empty(0))
     train, labels, test = table(case.columns)
     background = train[:100] if case.backgrounds > 1 else torch.zeros(1, case.columns)
-    x = test[: case.explicands]
+    x = torch.cat([test, train])[: case.explicands]  # only the largest case reaches the second
     file = cache / f"shapley-{case.columns}-{case.backgrounds}-{case.explicands}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
