@@ -190,8 +190,18 @@ class Game {
     // The unit's mean gain of every player, and what it does to mean and m2. The sums of all blocks are added to the
     // first.
     void fold(int64_t cell, double* v, Worker& w) {
-        const int64_t e = cell / (a_.S * a_.U), unit = cell % (a_.S * a_.U), p = a_.p, o = (*model_).o;
-        const int64_t walk = (p + 1) * o;
+        if ((*model_).o == 1) {
+            fold_outputs<1>(cell, v, w);
+        } else {
+            fold_outputs<0>(cell, v, w);
+        }
+    }
+
+    // kOutputs: their number where the compiler is to know it, else 0.
+    template <int64_t kOutputs>
+    void fold_outputs(int64_t cell, double* v, Worker& w) {
+        const int64_t e = cell / (a_.S * a_.U), unit = cell % (a_.S * a_.U), p = a_.p;
+        const int64_t o = kOutputs ? kOutputs : (*model_).o, walk = (p + 1) * o;
         for (const double* block = v + width_; block < v + blocks_ * width_; block += width_) {
             for (int64_t i = 0; i < width_; ++i) v[i] += block[i];
         }
