@@ -1,17 +1,14 @@
 // mlp_shapley at every level: against double, in buffers of exact size.
-#include "cpu/mlp_shapley.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <string>
 
 #include "check.h"
+#include "cpu/mlp_shapley_kernel.h"
 
 namespace microtome::test {
 namespace {
-
-constexpr int kRelu = 1, kSigmoid = 6;  // codes
 
 struct Network {
     int64_t e, n, m, S, U, A, p;
@@ -155,6 +152,27 @@ void an_order_that_is_no_permutation_leaves_the_output_alone() {
         CHECK(answer.bad == 2);
         for (double v : answer.mean) CHECK(std::isnan(v));
     }
+}
+
+void what_a_relu_leaves_zero_may_be_left_out_of_a_product() {
+    constexpr int64_t kRows = kTileRows, kInputs = 600;  // more than two blocks of sums
+    std::vector<float> rows = normal(kRows * 608, 5), W = normal(kInputs * kPanelLanes, 6);
+    std::vector<uint16_t> seen(608 / 16);
+    for (int64_t line = 0; line < 608 / 16; ++line) {
+        for (int64_t i = 0; i < 16; ++i) {
+            const bool dead = line * 16 + i >= kInputs || (line * 7 + i) % 3 == 0 || line == 20;
+            for (int64_t r = 0; r < kRows && dead; ++r) rows[(line * kRows + r) * 16 + i] = 0;
+            if (!dead) seen[line] = static_cast<uint16_t>(seen[line] | 1u << i);
+        }
+    }
+    std::vector<int32_t> list(608 + 16);
+    const int64_t count = list_bits(seen.data(), 608 / 16, list.data());
+    std::vector<float> whole(kRows * kPanelLanes), some(kRows * kPanelLanes);
+    const auto *lines = reinterpret_cast<const char*>(rows.data()), *panel = reinterpret_cast<const char*>(W.data());
+    Ahead nothing = {panel, 0};
+    cpu::Float32::multiply(kRows, lines, panel, kInputs, nothing, whole.data());
+    multiply_listed<FloatPanel>(kRows, lines, panel, list.data(), count, some.data(), StoreSums{some.data()});
+    CHECK(count < kInputs && whole == some);
 }
 
 }  // namespace microtome::test

@@ -85,8 +85,8 @@ def mlp_shapley(
             column is always x's. None: p == m, and each column is its own player.
         paired: whether every order is walked back as well (antithetic sampling).
         precision: "fp32", or "bf16", which rounds what goes into the layers between the first and
-            the last, and their weights, to bfloat16; sums stay in float32, and so do the first and
-            the last layer.
+            the last, and their weights, to bfloat16: each such layer's sums move by at most about
+            2^-8 sum |W| |a|. Sums stay in float32, and so do the first and the last layer.
 
     Returns:
         mean [e, S, p, o] and m2 [e, S, p, o] in float64: the mean of the units and the sum of their
@@ -101,12 +101,17 @@ def mlp_shapley(
             permutation.
         BackendError: a demanded backend cannot run these inputs.
 
-    Not differentiable. Deterministic: the same bits for any number of threads at one instruction
-    set. Along a walk the first layer takes up one player's columns at a time, and is computed
-    anew where a walk begins, so a NaN or an infinity in x or background may make every result NaN
-    that the row takes part in; it never makes one finite. No masked input, hidden state or value is
-    stored. Costs 2 A U S (p - 1) walks' steps (n in place of S where S == 1; half where not paired)
-    of one vector addition and the layers after the first.
+    Not differentiable. Deterministic: the same bits for any number of threads and whatever else is
+    asked in the same call, at one instruction set. bf16 is computed by bfloat16 products where the
+    processor has them (avx512bf16 and amx, which take subnormal numbers for zero), else by float32
+    products of rounded numbers.
+    Along a walk the first layer takes up one player's columns at a time, and is computed anew where
+    a walk begins, so a NaN or an infinity in x or background may make every result NaN that its row
+    takes part in; it never makes one finite. No masked input, hidden state or value is stored.
+    Costs 2 S U A (p - 1) steps (n in place of S where S == 1; half where not paired), each of one
+    addition to the first layer and the layers after it. After a ReLU, units that are zero in
+    neighbouring steps of a walk are left out of the next layer, which changes no answer: a network
+    may run faster than its products alone.
     Source: Castro et al. 2009, doi:10.1016/j.cor.2008.04.004; antithetic pairs: Mitchell et al.
     2022, arXiv:2104.12199.
 
