@@ -4,27 +4,28 @@
 
 namespace microtome::test {
 
-X(topk_encode_answers_every_shape_at_every_level)
-X(topk_encode_tells_near_ties_apart_at_every_level)
-X(topk_encode_computes_overflowing_rows_whole)
-X(topk_encode_keeps_few_candidates_on_gaussian_rows)
-X(topk_encode_names_what_is_not_finite)
-X(decode_and_loss_are_right_at_every_level)
-X(the_update_agrees_between_levels_and_threads)
-X(the_screen_bounds_its_error_at_every_level)
-X(products_with_panels_are_right_at_every_level)
-X(a_base_row_that_is_not_there_leaves_the_output_alone)
-X(vector_functions_are_within_their_bounds)
-X(attention_reads_the_right_keys_at_every_level)
-X(one_swapped_key_answers_as_a_whole_run_at_every_level)
-X(patches_land_where_the_table_says)
-X(attribution_scores_are_right_at_every_level)
-X(coalition_inputs_are_right_at_every_level)
-X(walks_are_reduced_at_every_level)
-X(coalitions_are_summed_at_every_level)
-X(walks_through_a_network_are_right_at_every_level)
-X(an_order_that_is_no_permutation_leaves_the_output_alone)
-X(what_a_relu_leaves_zero_may_be_left_out_of_a_product)
+#define EACH_TEST(X)                                           \
+    X(topk_encode_answers_every_shape_at_every_level)          \
+    X(topk_encode_tells_near_ties_apart_at_every_level)        \
+    X(topk_encode_computes_overflowing_rows_whole)             \
+    X(topk_encode_keeps_few_candidates_on_gaussian_rows)       \
+    X(topk_encode_names_what_is_not_finite)                    \
+    X(decode_and_loss_are_right_at_every_level)                \
+    X(the_update_agrees_between_levels_and_threads)            \
+    X(the_screen_bounds_its_error_at_every_level)              \
+    X(products_with_panels_are_right_at_every_level)           \
+    X(a_base_row_that_is_not_there_leaves_the_output_alone)    \
+    X(vector_functions_are_within_their_bounds)                \
+    X(attention_reads_the_right_keys_at_every_level)           \
+    X(one_swapped_key_answers_as_a_whole_run_at_every_level)   \
+    X(patches_land_where_the_table_says)                       \
+    X(attribution_scores_are_right_at_every_level)             \
+    X(coalition_inputs_are_right_at_every_level)               \
+    X(walks_are_reduced_at_every_level)                        \
+    X(coalitions_are_summed_at_every_level)                    \
+    X(walks_through_a_network_are_right_at_every_level)        \
+    X(an_order_that_is_no_permutation_leaves_the_output_alone) \
+    X(what_a_relu_leaves_zero_may_be_left_out_of_a_product)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
