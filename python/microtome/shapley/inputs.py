@@ -146,7 +146,7 @@ class InputGame:
             table[:, 0] = who[explicand]
         else:
             table[:, 0] = who
-        chosen = spans if len(flat) == K == coalition.numel() else spans[coalition]
+        chosen = spans if each == 1 and len(flat) == K else spans[coalition]
         table[:, 2:] = chosen[:, 1:]
         table[:, 1] = flat % each if each > 1 else chosen[:, 0].clamp(min=0)
         return table
