@@ -130,6 +130,19 @@ def parameter_of(f: Any) -> Tensor | None:
     return next((a for a in owner.parameters() if a.is_floating_point()), None)
 
 
+def takes_real(f: Any) -> bool:
+    """Whether f begins with a layer that multiplies its rows, so that whole numbers must be real.
+
+    Other modules may look whole numbers up.
+    """
+    first = f
+    while type(first) is nn.Sequential:
+        passed = (nn.Flatten, nn.Identity, nn.Dropout)
+        first = next((layer for layer in first if not isinstance(layer, passed)), None)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.LayerNorm)
+    return isinstance(first, kinds)
+
+
 def check_deterministic(op: str, first: Tensor, second: Tensor) -> None:
     """Raise ArgumentError if two answers to the same rows differ by more than rounding."""
     apart = float((first - second).abs().max()) if first.numel() else 0.0

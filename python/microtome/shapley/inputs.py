@@ -12,7 +12,13 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError
 from microtome.ops import coalition_inputs
-from microtome.shapley.call import Outputs, as_function, check_deterministic, parameter_of
+from microtome.shapley.call import (
+    Outputs,
+    as_function,
+    check_deterministic,
+    parameter_of,
+    takes_real,
+)
 from microtome.shapley.coalitions import MEAN
 from microtome.shapley.game import MEMORY, rows_a_call
 from microtome.shapley.players import Players, column_players
@@ -52,7 +58,7 @@ class InputGame:
     ) -> None:
         self.f, self.op, self.check = f, op, check
         function, wants = as_function(op, f)
-        self.rows = Rows(op, x, background, wants, parameter_of(f))
+        self.rows = Rows(op, x, background, wants, parameter_of(f), real=takes_real(f))
         if isinstance(groups, tuple) and len(groups) == 2 and isinstance(groups[0], Players):
             self.players, self.player = groups
         else:
