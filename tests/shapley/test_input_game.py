@@ -101,3 +101,24 @@ def test_whole_numbers_are_real_to_a_layer_and_whole_to_an_embedding():
     assert explain(model, x, background).exact
     ids = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 1))
     explain(ids, x, background).check_additivity()
+
+
+@pytest.mark.parametrize("noise", ["of a call", "of the rows in it"])
+def test_answers_that_depend_on_the_call_are_noticed(noise):
+    stream = torch.Generator().manual_seed(0)
+
+    def f(rows):
+        if noise == "of a call":
+            return rows.sum(1) + torch.rand(1, generator=stream)
+        return rows.sum(1) - rows.mean()
+
+    with pytest.raises(ArgumentError, match="or let it answer each row by itself"):
+        permutation(f, torch.ones(1, 3), torch.zeros(1, 3))
+
+
+def test_batch_normalisation_in_training_mode_is_noticed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with pytest.raises(ArgumentError, match=r"evaluation mode \(model.eval"):
+        permutation(model, torch.randn(2, 3), torch.randn(4, 3))
+    permutation(model.eval(), torch.randn(2, 3), torch.randn(4, 3)).check_additivity()
