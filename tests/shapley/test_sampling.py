@@ -149,6 +149,14 @@ def test_a_link_is_applied_to_the_mean(estimate, smooth):
 
 
 @pytest.mark.parametrize("estimate", [permutation, kernel, exact])
+def test_a_link_that_is_infinite_at_a_value_is_told_with_the_value(estimate):
+    with pytest.raises(NonFiniteError, match="link='logit' is infinite or not a number at a coal"):
+        estimate(lambda rows: rows[:, 0], torch.ones(1, 3), torch.zeros(1, 3), link="logit")
+    with pytest.raises(NonFiniteError, match=r"value, 0\. Keep f where the link is finite"):
+        estimate(lambda rows: rows[:, 0], torch.ones(1, 3), torch.zeros(1, 3), link=torch.log)
+
+
+@pytest.mark.parametrize("estimate", [permutation, kernel, exact])
 class TestWhatAFunctionMayNotDo:
     def test_return_nan(self, estimate, smooth):
         f, x, background = smooth
