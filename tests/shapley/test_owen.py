@@ -132,3 +132,8 @@ def test_a_hierarchy_holds_every_player_once(smooth):
         ArgumentError, match="link='logit' applies to the mean over background rows"
     ):
         partition(*smooth, list(range(12)), n_permutations=2, link="logit")
+
+
+def test_one_player_is_a_hierarchy_by_itself():
+    found = partition(lambda rows: rows[:, 0], torch.full((1, 1), 3.0), torch.zeros(2, 1))
+    assert found.values.tolist() == [[3.0]]

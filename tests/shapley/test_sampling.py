@@ -176,9 +176,7 @@ class TestWhatAFunctionMayNotDo:
 
     def test_return_another_number_of_rows(self, estimate, smooth):
         f, x, background = smooth
-        with pytest.raises(
-            ShapeError, match=r"was called with 8 rows and returned shape \[7, 2\]"
-        ):
+        with pytest.raises(ShapeError, match=r"was called with 8 rows and returned shape \[7, 2\]"):
             estimate(lambda rows: f(rows)[:-1], x, background)
 
     def test_return_one_number_for_all(self, estimate, smooth):
@@ -281,3 +279,22 @@ def test_one_permutation_of_one_background_row_has_no_error_to_tell(smooth):
     found = permutation(f, x, background[:1], n_permutations=2)
     assert found.stderr.isnan().all()
     assert not found.values.isnan().any()
+
+
+@pytest.mark.parametrize("design", ["plain", "antithetic", "orthogonal", "sobol"])
+def test_one_player_takes_no_more_than_the_ends(design):
+    x, background = torch.full((1, 1), 3.0), torch.zeros(3, 1)
+    found = permutation(lambda rows: rows[:, 0], x, background, design=design, max_evaluations=4)
+    assert found.values.tolist() == [[3.0]]
+    assert permutation(lambda rows: rows[:, 0], x, background, design=design).values.item() == 3
+
+
+def test_additivity_is_checked_of_the_rows_that_are_there(smooth):
+    f, x, background = smooth
+    found = permutation(f, x, background, n_permutations=2)
+    found.values[1] = torch.nan  # not begun
+    assert found.check_additivity()[1].isnan().all()
+    found.values[2] += 1
+    with pytest.raises(ArgumentError, match="the values of row 2 miss full - base by 12"):
+        found.check_additivity()
+    assert permutation(f, x[:0], background).check_additivity().shape == (0, 2)

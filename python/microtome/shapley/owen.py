@@ -134,10 +134,12 @@ def partition(
 
 def _root(op: str, game: Game, hierarchy: Any) -> Node:
     if isinstance(hierarchy, str):
+        if hierarchy == "correlation" and len(game.players) == 1:
+            return tree_of(op, [0], game.players.names)
         if (
             hierarchy != "correlation"
             or not isinstance(game, InputGame)
-            or (game.player is not None or game.rows._pools is not None or len(game.players) < 2)
+            or (game.player is not None or game.rows._pools is not None)
         ):
             msg = (
                 f"{op}: hierarchy must be nested lists, a mapping or a linkage, or 'correlation' "
