@@ -104,6 +104,12 @@ def interactions(
     p = len(game.players)
     _check.between(op, "order", order, 1, min(p, _ORDERS), "p" if p < _ORDERS else "")
     linked = link_of(op, link)
+    if _terms(p, order) * p > _NUMBERS:
+        msg = (
+            f"{op}: p={p} players have {_terms(p, order):,} sets of up to {order}, more than can be "
+            "held. Lower the order, or group players."
+        )
+        raise ArgumentError(msg)
     sets = Sets(p, order)
     budget = _EXACT if max_evaluations is None else max_evaluations
     whole = n_coalitions is None and affordable(game, budget)
