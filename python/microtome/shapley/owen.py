@@ -171,7 +171,8 @@ def _exact(
     inside = unpack(words, p)
     size = inside.sum(1)
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
-    block = max(1, memory // (8 * o * min(len(words), _CHUNK)))
+    fits = memory // (8 * o * min(len(words), _CHUNK))
+    block = max(1, min(fits, running.KEPT // (game.backgrounds * len(words))))
     background = MEAN if game.backgrounds > 1 else 0
     done = 0
     try:
