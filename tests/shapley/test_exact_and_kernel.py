@@ -128,3 +128,26 @@ def test_more_than_64_players_take_more_than_a_word(smooth):
     hand[[0, 149]] += 0.5
     assert (found.values[0] - hand).abs().max() < 0.05
     found.check_additivity()
+
+
+def test_more_players_than_a_float_has_coalitions_are_fitted():
+    x, background = torch.ones(1, 1040), torch.zeros(1, 1040)
+    found = kernel(lambda rows: rows[:, 0] + rows.mean(1), x, background, n_coalitions=2080)
+    assert abs(found.values[0, 0].item() - 1) < 0.01
+    found.check_additivity()
+
+
+def test_an_interrupted_enumeration_keeps_the_rows_before():
+    seen = 0
+
+    def f(rows):
+        nonlocal seen
+        seen += len(rows)
+        if seen > 1.5 * 2**20:
+            raise KeyboardInterrupt
+        return rows.sum(1)
+
+    found = exact(f, torch.ones(64, 16), torch.zeros(1, 16))
+    assert found.interrupted
+    torch.testing.assert_close(found.values[:16], torch.ones(16, 16).double())
+    assert found.values[16:].isnan().all()

@@ -113,3 +113,8 @@ def test_budgets_and_options_that_do_not_fit_are_told(smooth):
         interactions(*smooth, index="FSII", n_coalitions=60)
     with pytest.raises(ArgumentError, match=r"take a matrix of .* GB. Lower the order, group"):
         interactions(SetGame(lambda z: z.sum(1), 200), order=2)
+
+
+def test_more_sets_than_can_be_held_are_told_before_they_are_made():
+    with pytest.raises(ArgumentError, match="p=3000 players have 4,501,500 sets of up to 2, more"):
+        interactions(lambda rows: rows.sum(1), torch.ones(1, 3000), torch.zeros(1, 3000))

@@ -132,3 +132,16 @@ def test_a_hierarchy_holds_every_player_once(smooth):
         ArgumentError, match="link='logit' applies to the mean over background rows"
     ):
         partition(*smooth, list(range(12)), n_permutations=2, link="logit")
+
+
+def test_one_player_is_a_hierarchy_by_itself():
+    found = partition(lambda rows: rows[:, 0], torch.full((1, 1), 3.0), torch.zeros(2, 1))
+    assert found.values.tolist() == [[3.0]]
+
+
+def test_a_hierarchy_may_be_deeper_than_python_calls():
+    p = 1200  # each player joins all before it
+    chain = np.array([[0 if j == 1 else p + j - 2, j, 1.0, j + 1] for j in range(1, p)])
+    x, background = torch.ones(1, p), torch.zeros(1, p)
+    found = partition(lambda rows: rows.sum(1), x, background, chain, n_permutations=2)
+    assert torch.equal(found.values, torch.ones(1, p).double())

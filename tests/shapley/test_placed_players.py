@@ -246,3 +246,12 @@ def test_stretches_may_have_given_starts_and_backgrounds_many_forms():
     assert many.backgrounds == 2
     two = series_game(lambda a: a[:, 0, 1], torch.ones(3, 2), background=[5.0, 7.0])
     assert two.ends()[0].item() == 7
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_the_mean_of_a_series_of_whole_numbers_is_not_rounded(kind):
+    x = kind([0, 1, 1, 1])
+    for background in ("mean", 0.75):
+        found = permutation(series_game(lambda a: a.sum(1), x, background=background))
+        assert found.values.tolist() == [[-0.75, 0.25, 0.25, 0.25]]
+    series_game(lambda a: a.sum(1) * (1 if "int" in str(a.dtype) else torch.nan), x, background=0)

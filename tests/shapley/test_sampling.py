@@ -149,6 +149,14 @@ def test_a_link_is_applied_to_the_mean(estimate, smooth):
 
 
 @pytest.mark.parametrize("estimate", [permutation, kernel, exact])
+def test_a_link_that_is_infinite_at_a_value_is_told_with_the_value(estimate):
+    with pytest.raises(NonFiniteError, match="link='logit' is infinite or not a number at a coal"):
+        estimate(lambda rows: rows[:, 0], torch.ones(1, 3), torch.zeros(1, 3), link="logit")
+    with pytest.raises(NonFiniteError, match=r"value, 0\. Keep f where the link is finite"):
+        estimate(lambda rows: rows[:, 0], torch.ones(1, 3), torch.zeros(1, 3), link=torch.log)
+
+
+@pytest.mark.parametrize("estimate", [permutation, kernel, exact])
 class TestWhatAFunctionMayNotDo:
     def test_return_nan(self, estimate, smooth):
         f, x, background = smooth
@@ -156,7 +164,7 @@ class TestWhatAFunctionMayNotDo:
         def broken(rows):
             return torch.where(rows[:, :1] == x[0, 0], torch.nan, f(rows))
 
-        with pytest.raises(NonFiniteError, match=r"f returned NaN or infinity for 2 of 11 rows"):
+        with pytest.raises(NonFiniteError, match=r"f returned NaN or infinity for 1 of 8 rows"):
             estimate(broken, x, background)
 
     def test_fail_on_missing_values_without_naming_their_column(self, estimate, smooth):
@@ -168,14 +176,12 @@ class TestWhatAFunctionMayNotDo:
 
     def test_return_another_number_of_rows(self, estimate, smooth):
         f, x, background = smooth
-        with pytest.raises(
-            ShapeError, match=r"was called with 11 rows and returned shape \[10, 2\]"
-        ):
+        with pytest.raises(ShapeError, match=r"was called with 8 rows and returned shape \[7, 2\]"):
             estimate(lambda rows: f(rows)[:-1], x, background)
 
     def test_return_one_number_for_all(self, estimate, smooth):
         f, x, background = smooth
-        with pytest.raises(ShapeError, match="with 11 rows and returned a single number"):
+        with pytest.raises(ShapeError, match="with 8 rows and returned a single number"):
             estimate(lambda rows: f(rows).mean(), x, background)
 
     def test_return_more_than_two_dimensions(self, estimate, smooth):
@@ -273,3 +279,22 @@ def test_one_permutation_of_one_background_row_has_no_error_to_tell(smooth):
     found = permutation(f, x, background[:1], n_permutations=2)
     assert found.stderr.isnan().all()
     assert not found.values.isnan().any()
+
+
+@pytest.mark.parametrize("design", ["plain", "antithetic", "orthogonal", "sobol"])
+def test_one_player_takes_no_more_than_the_ends(design):
+    x, background = torch.full((1, 1), 3.0), torch.zeros(3, 1)
+    found = permutation(lambda rows: rows[:, 0], x, background, design=design, max_evaluations=4)
+    assert found.values.tolist() == [[3.0]]
+    assert permutation(lambda rows: rows[:, 0], x, background, design=design).values.item() == 3
+
+
+def test_additivity_is_checked_of_the_rows_that_are_there(smooth):
+    f, x, background = smooth
+    found = permutation(f, x, background, n_permutations=2)
+    found.values[1] = torch.nan  # not begun
+    assert found.check_additivity()[1].isnan().all()
+    found.values[2] += 1
+    with pytest.raises(ArgumentError, match="the values of row 2 miss full - base by 12"):
+        found.check_additivity()
+    assert permutation(f, x[:0], background).check_additivity().shape == (0, 2)

@@ -70,9 +70,10 @@ def adaptive(
             of walks that were cut before its player, times the marginals that were not seen (at
             most `truncation` each in a monotone game).
         max_evaluations: for each explicand, about; 64 walks' worth if None.
-        seconds: wall time for everything.
+        seconds: wall time for everything, shared out among the rows; each gets its first walks.
         groups: as in `permutation`.
-        seed: of permutations and draws.
+        seed: of permutations and draws, alike for all rows: a row's values do not depend on which
+            others are explained with it.
         memory: bytes of rows in one call of f.
         check: as in `permutation`.
         progress: show a progress bar, if it takes longer than a second.
@@ -137,21 +138,22 @@ def adaptive(
         for i in range(game.explicands):
             sampler = Sampler(game, i, Cut(truncation, side, finish_rate), seed)
             race = _Race(sampler, k, by, confidence, tolerance)
+            until, stopped = stop.share(1 / (game.explicands - i)), False
             try:
                 while not race.settled and sampler.spent < budget:
                     before = sampler.spent
                     race.round(budget)
                     bar.update(sampler.spent - before)
-                    if stop.late():
+                    if stop.late(until):
                         interrupted = True
                         break
             except KeyboardInterrupt:
-                interrupted = True
+                interrupted = stopped = True
                 if i == 0 and sampler.count.max() == 0:
                     raise
             values[i, :, 0], stderr[i, :, 0] = sampler.mean, sampler.stderr
             notes.append(race.note())
-            if interrupted:
+            if stopped:
                 break
     note = "; ".join(notes if len(set(notes)) > 1 else notes[:1])
     if truncation and not finish_rate:

@@ -130,14 +130,34 @@ def parameter_of(f: Any) -> Tensor | None:
     return next((a for a in owner.parameters() if a.is_floating_point()), None)
 
 
-def check_deterministic(op: str, first: Tensor, second: Tensor) -> None:
-    """Raise ArgumentError if two answers to the same rows differ by more than rounding."""
-    apart = float((first - second).abs().max()) if first.numel() else 0.0
-    scale = float(first.abs().max()) if first.numel() else 0.0
+def takes_real(f: Any) -> bool:
+    """Whether f begins with a layer that multiplies its rows, so that whole numbers must be real.
+
+    Other modules may look whole numbers up.
+    """
+    first = f
+    while type(first) is nn.Sequential:
+        passed = (nn.Flatten, nn.Identity, nn.Dropout)
+        first = next((layer for layer in first if not isinstance(layer, passed)), None)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.LayerNorm)
+    return isinstance(first, kinds)
+
+
+def check_deterministic(
+    op: str, first: Tensor, second: Tensor, others: Tensor | None = None
+) -> None:
+    """Raise ArgumentError if two answers to the same rows differ by more than rounding.
+
+    `others` are answers to other rows, which say how large an answer can be.
+    """
+    if first.numel() == 0:
+        return
+    apart = float((first - second).abs().max())
+    scale = max(float(a.abs().max()) for a in (first, others) if a is not None and a.numel())
     if apart > 1e-4 * max(scale, 1e-30):
         msg = (
             f"{op}: f gives different answers to the same rows (they differ by up to {apart:.3g}). "
-            "Put the model in evaluation mode (model.eval()) or fix its seed inside f, or pass "
-            "check=False to sample over its noise."
+            "Put the model in evaluation mode (model.eval()), fix its seed inside f, or let it "
+            "answer each row by itself; or pass check=False to sample over its noise."
         )
         raise ArgumentError(msg)

@@ -84,7 +84,8 @@ def exact(
     e, p, o = game.explicands, len(game.players), full.shape[1]
     weights = player_weights(p)
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
-    block = max(1, memory // (8 * o * min(1 << p, _CHUNK)))
+    fits = memory // (8 * o * min(1 << p, _CHUNK))
+    block = max(1, min(fits, running.KEPT // (game.backgrounds << p)))
     bar = running.bar(e << p, op, "coalition", progress)
     done = 0
     try:

@@ -24,7 +24,25 @@ class Node:
 
     @property
     def members(self) -> tuple[int, ...]:
-        return tuple(j for child in self.children for j in members_of(child))
+        out: list[int] = []
+        left: list[Node | int] = [self]  # a linkage may be deeper than Python calls can be
+        while left:
+            part = left.pop()
+            if isinstance(part, int):
+                out.append(part)
+            else:
+                left += reversed(part.children)
+        return tuple(out)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes, each after those in it."""
+        out: list[Node] = []
+        left = [self]
+        while left:
+            out.append(left.pop())
+            left += [child for child in out[-1].children if isinstance(child, Node)]
+        return out[::-1]
 
 
 def members_of(child: Node | int) -> tuple[int, ...]:
@@ -113,15 +131,13 @@ def by_correlation(op: str, background: Tensor) -> np.ndarray:
 
 def evaluations(root: Node) -> int:
     """Coalitions the exact values take, those met twice counted twice."""
-
-    def count(node: Node, contexts: int) -> int:
+    total, left = 0, [(root, 1)]
+    while left:
+        node, contexts = left.pop()
         c = len(node.children)
-        inner = sum(
-            count(child, contexts << (c - 1)) for child in node.children if isinstance(child, Node)
-        )
-        return (contexts << c) + inner
-
-    return count(root, 1)
+        total += contexts << c
+        left += [(child, contexts << (c - 1)) for child in node.children if isinstance(child, Node)]
+    return total
 
 
 def contributions(root: Node, p: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,16 +180,12 @@ class HierarchyOrders:
 
     def __init__(self, root: Node, p: int) -> None:
         self.nodes: list[tuple[Tensor, Tensor]] = []  # child of each member [p] or -1, sizes [c]
-        self._collect(root, p)
-
-    def _collect(self, node: Node, p: int) -> None:
-        child_of = torch.full((p,), -1)
-        for at, child in enumerate(node.children):
-            child_of[list(members_of(child))] = at
-            if isinstance(child, Node):
-                self._collect(child, p)
-        sizes = torch.tensor([len(members_of(child)) for child in node.children])
-        self.nodes.append((child_of, sizes))
+        for node in root.nodes:
+            child_of = torch.full((p,), -1)
+            held = [members_of(child) for child in node.children]
+            for at, players in enumerate(held):
+                child_of[list(players)] = at
+            self.nodes.append((child_of, torch.tensor([len(players) for players in held])))
 
     def __call__(self, design: Design, S: int, first: int, units: int, seed: int) -> Tensor:
         """[S, units, A, p] int32, as orders.ranks gives them."""

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError
 from microtome.ops import coalition_inputs
-from microtome.shapley.call import Outputs, as_function, check_deterministic, parameter_of
+from microtome.shapley.call import (
+    Outputs,
+    as_function,
+    check_deterministic,
+    parameter_of,
+    takes_real,
+)
 from microtome.shapley.coalitions import MEAN
 from microtome.shapley.game import MEMORY, rows_a_call
 from microtome.shapley.players import Players, column_players
@@ -52,7 +58,7 @@ class InputGame:
     ) -> None:
         self.f, self.op, self.check = f, op, check
         function, wants = as_function(op, f)
-        self.rows = Rows(op, x, background, wants, parameter_of(f))
+        self.rows = Rows(op, x, background, wants, parameter_of(f), real=takes_real(f))
         if isinstance(groups, tuple) and len(groups) == 2 and isinstance(groups[0], Players):
             self.players, self.player = groups
         else:
@@ -105,11 +111,9 @@ class InputGame:
             if self.player is not None and bool((self.player < 0).any()):
                 always = (self.player < 0)[None, None]  # columns that no player holds
                 absent = torch.where(always, x[:, None], absent).flatten(0, 1)
-            again = x if self.check else x[:0]
-            full, second, empty = self.call(torch.cat([x, again, absent])).split(
-                [e, len(again), len(absent)]
-            )
-            check_deterministic(self.op, full[: len(second)], second)
+            full, empty = self.call(torch.cat([x, absent])).split([e, len(absent)])
+            if self.check and e:  # in a call of its own: other rows must not change the answers
+                check_deterministic(self.op, full, self.call(x), empty)
             self._ends = empty.reshape(-1, self.backgrounds, full.shape[1]), full
         return self._ends
 
@@ -146,7 +150,7 @@ class InputGame:
             table[:, 0] = who[explicand]
         else:
             table[:, 0] = who
-        chosen = spans if len(flat) == K == coalition.numel() else spans[coalition]
+        chosen = spans if each == 1 and len(flat) == K else spans[coalition]
         table[:, 2:] = chosen[:, 1:]
         table[:, 1] = flat % each if each > 1 else chosen[:, 0].clamp(min=0)
         return table

@@ -104,6 +104,12 @@ def interactions(
     p = len(game.players)
     _check.between(op, "order", order, 1, min(p, _ORDERS), "p" if p < _ORDERS else "")
     linked = link_of(op, link)
+    if _terms(p, order) * p > _NUMBERS:
+        msg = (
+            f"{op}: p={p} players have {_terms(p, order):,} sets of up to {order}, more than can "
+            "be held. Lower the order, or group players."
+        )
+        raise ArgumentError(msg)
     sets = Sets(p, order)
     budget = _EXACT if max_evaluations is None else max_evaluations
     whole = n_coalitions is None and affordable(game, budget)
@@ -174,7 +180,8 @@ class _Enumerated:
 
     def __init__(self, game: Game, sets: Sets, index: str, link: Link | None) -> None:
         self.game, self.sets, self.index, self.link = game, sets, index, link
-        self.each = min(1 << sets.p, 1 << 12)
+        self.all = 1 << sets.p  # coalitions, and how many of them are held at a time
+        self.each = min(self.all, 1 << 12)
 
     def __call__(self, who: Tensor, empty: Tensor, full: Tensor) -> tuple[Tensor, Tensor | None]:
         """values [e', T, o] of explicands, from their ends [e', o]."""
@@ -245,7 +252,7 @@ class _Sampled:
         self.to_ends = of_terms @ self.d
         self.inflate = 1 / (1 - leverage).clamp(min=_LEAST)  # of residuals, as in a jackknife
         self.rest = rest
-        self.each = 2 * U
+        self.all = self.each = 2 * U
 
     def __call__(self, who: Tensor, empty: Tensor, full: Tensor) -> tuple[Tensor, Tensor | None]:
         """values and standard errors [e', T, o] of explicands, from their ends [e', o]."""
@@ -291,7 +298,8 @@ def _collect(
     empty = empty.expand(e, -1)
     values = torch.full((e, len(sets), o), math.nan, dtype=torch.float64)
     stderr = torch.zeros_like(values)
-    block = max(1, memory // (8 * o * max(run.each, len(sets))))
+    fits = memory // (8 * o * max(run.each, len(sets)))
+    block = max(1, min(fits, running.KEPT // (game.backgrounds * run.all)))
     done = 0
     try:
         with running.bar(e, op, "row", progress) as bar:

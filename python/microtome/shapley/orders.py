@@ -62,6 +62,8 @@ def design_of(op: str, name: str, p: int, n_permutations: int) -> Design:
         raise ArgumentError(msg)
     if name == "plain":
         return Design(name, p, 1, n_permutations, False)
+    if p == 1:  # one order, which lies on no sphere
+        name = "antithetic"
     pairs = math.ceil(n_permutations / 2)
     A = 1
     if name == "orthogonal":

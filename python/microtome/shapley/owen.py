@@ -134,10 +134,12 @@ def partition(
 
 def _root(op: str, game: Game, hierarchy: Any) -> Node:
     if isinstance(hierarchy, str):
+        if hierarchy == "correlation" and len(game.players) == 1:
+            return tree_of(op, [0], game.players.names)
         if (
             hierarchy != "correlation"
             or not isinstance(game, InputGame)
-            or (game.player is not None or game.rows._pools is not None or len(game.players) < 2)
+            or (game.player is not None or game.rows._pools is not None)
         ):
             msg = (
                 f"{op}: hierarchy must be nested lists, a mapping or a linkage, or 'correlation' "
@@ -169,7 +171,8 @@ def _exact(
     inside = unpack(words, p)
     size = inside.sum(1)
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
-    block = max(1, memory // (8 * o * min(len(words), _CHUNK)))
+    fits = memory // (8 * o * min(len(words), _CHUNK))
+    block = max(1, min(fits, running.KEPT // (game.backgrounds * len(words))))
     background = MEAN if game.backgrounds > 1 else 0
     done = 0
     try:

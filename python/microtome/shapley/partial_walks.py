@@ -61,7 +61,7 @@ class Sampler:
     def sample(self, players: Tensor, walks: int) -> None:
         """Add a marginal of each of some players [c] from each of `walks` permutations."""
         p = len(self.count)
-        stream = generator(self.seed, "adaptive", int(self.who), self._rounds)
+        stream = generator(self.seed, "adaptive", self._rounds)  # of no row: alike alone
         self._rounds += 1
         keys = torch.rand(walks, p, generator=stream, dtype=torch.float64)
         ranks = inverse(torch.argsort(keys, dim=1).to(torch.int32))

@@ -57,13 +57,17 @@ class ShapleyValues:
         Args:
             tolerance: largest difference allowed, as a fraction of the largest value in sight.
 
+        Rows that were not begun before an interruption give NaN, and no error.
+
         Raises:
             ArgumentError: it is larger; the message names the row.
         """
         apart = self.values.sum(1) - (self.full_values - self.base_values)
-        scale = torch.stack([self.full_values.abs().max(), self.base_values.abs().max()]).max()
-        scale = torch.maximum(scale, self.values.abs().max())
-        worst = apart.abs().reshape(len(apart), -1).amax(1)
+        if apart.numel() == 0:
+            return apart
+        seen = (self.full_values, self.base_values, self.values)
+        scale = torch.stack([a.abs().nan_to_num(0.0).max() for a in seen]).max()
+        worst = apart.abs().nan_to_num(0.0).reshape(len(apart), -1).amax(1)  # NaN: not begun
         if bool((worst > tolerance * scale).any()):
             row = int(worst.argmax())
             msg = (

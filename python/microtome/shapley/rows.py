@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class Rows:
         background: [n, ...] or [m], of the same kind.
         wants: "torch", "numpy" or "same": what the model takes (call.as_function).
         like: a parameter of the model; rows of real numbers get its dtype, all rows its device.
+        real: whether whole numbers and truth values get that dtype too.
 
     Attributes:
         x, background: [e, m] and [n, m].
@@ -30,16 +32,25 @@ class Rows:
     """
 
     def __init__(
-        self, op: str, x: Any, background: Any, wants: str, like: Tensor | None = None
+        self,
+        op: str,
+        x: Any,
+        background: Any,
+        wants: str,
+        like: Tensor | None = None,
+        *,
+        real: bool = False,
     ) -> None:
-        self.frame = hasattr(x, "columns") and hasattr(x, "iloc")
-        self.columns, self._pools, self._index = (), None, None
+        if hasattr(x, "to_frame") and _is_frame(background):  # a row of a DataFrame is a Series
+            x = x.to_frame().T.infer_objects()
+        self.frame = _is_frame(x)
+        self.columns: tuple[str, ...] = ()
+        self._pools: np.ndarray | None = None
+        self._typed: list[Any] = []  # the columns of a DataFrame of mixed types
         if self.frame:
             self.columns = tuple(map(str, x.columns))
             self._labels = x.columns
-            self._numeric = all(np.issubdtype(t, np.number) for t in map(_numpy_type, x.dtypes))
-            same = self._numeric and len(set(x.dtypes)) == 1
-            x, background = (_frame_array(op, a, x.columns, same) for a in (x, background))
+            x, background = self._of_frame(op, x, background, wants)
         self.torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
         x, background = _no_rounding(_one_row(x), _one_row(background))
         if x.shape[1:] != background.shape[1:]:
@@ -56,7 +67,7 @@ class Rows:
             x, background = self._pool(x, background)
         x, background = torch.as_tensor(x), torch.as_tensor(background)
         if like is not None and self._pools is None:
-            x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+            x = x.to(like.device, like.dtype if real or x.is_floating_point() else x.dtype)
         if x.dtype != background.dtype:
             background = background.to(x.dtype)
         self.x = x.flatten(1)
@@ -64,9 +75,32 @@ class Rows:
         if not self.columns:
             self.columns = tuple(f"x{j}" for j in range(self.x.shape[1]))
 
+    def _of_frame(self, op: str, x: Any, background: Any, wants: str) -> tuple[Any, Any]:
+        """x and background as arrays: of one dtype, or of objects."""
+        if _is_frame(background) and list(background.columns) != list(x.columns):
+            msg = (
+                f"{op}: background has the columns {list(background.columns)}, x has "
+                f"{list(x.columns)}. They must be the same, in the same order."
+            )
+            raise ArgumentError(msg)
+        if wants == "torch":
+            return _numbers(op, x), _numbers(op, background) if _is_frame(
+                background
+            ) else background
+        frames = [a for a in (x, background) if _is_frame(a)]
+        if len(set(x.dtypes)) == 1 and all(_is_number(t) for a in frames for t in a.dtypes):
+            return np.asarray(x), np.asarray(background)
+        objects = np.asarray(x, dtype=object), np.asarray(background, dtype=object)
+        if not _is_frame(background) and objects[1].shape[-1:] == (x.shape[1],):
+            background = type(x)(_one_row(objects[1]), columns=x.columns).infer_objects()
+        if _is_frame(background):
+            self._typed = [_stacked(x.iloc[:, j], background.iloc[:, j]) for j in range(x.shape[1])]
+        return objects
+
     def _pool(self, x: np.ndarray, background: np.ndarray) -> tuple[Tensor, Tensor]:
         e, n = len(x), len(background)
-        both = np.concatenate([x.reshape(e, -1), background.reshape(n, -1)])
+        m = math.prod(self.shape)  # not -1, which no rows do not tell
+        both = np.concatenate([x.reshape(e, m), background.reshape(n, m)])
         self._pools = both
         codes = torch.arange(e + n, dtype=torch.int32)[:, None].expand(-1, both.shape[1])
         return codes[:e].contiguous(), codes[e:].contiguous()
@@ -74,6 +108,8 @@ class Rows:
     def back(self, rows: Tensor) -> Any:
         """[R, m] as the model wants them: the user's kind, shape and dtype."""
         if self._pools is not None:
+            if self._typed:
+                return self._frame_of(rows.numpy())
             columns = np.arange(rows.shape[1])
             return self._boxed(self._pools[rows.numpy(), columns])
         rows = rows.reshape(rows.shape[0], *self.shape)
@@ -85,11 +121,20 @@ class Rows:
             return rows
         import pandas as pd
 
-        frame = pd.DataFrame(rows, columns=self._labels)
-        return frame.infer_objects() if self._pools is not None else frame
+        return pd.DataFrame(rows, columns=self._labels)
+
+    def _frame_of(self, codes: np.ndarray) -> Any:
+        """A DataFrame whose columns have the user's types, categories too."""
+        import pandas as pd
+
+        taken = {j: held.take(codes[:, j]) for j, held in enumerate(self._typed)}
+        return pd.DataFrame(taken).set_axis(self._labels, axis=1)
 
     def missing(self) -> list[str]:
         """Names of the columns that hold NaN."""
+        if self._typed:
+            holes = zip(self.columns, self._typed, strict=True)
+            return [name for name, held in holes if bool(held.isna().any())]
         if self._pools is not None or not self.x.dtype.is_floating_point:
             return []
         at = torch.isnan(self.x).any(0) | torch.isnan(self.background).any(0)
@@ -106,18 +151,49 @@ class Rows:
         return self.x.shape[1] * self.x.element_size()
 
 
-def _numpy_type(dtype: Any) -> Any:
-    return dtype if isinstance(dtype, np.dtype) else np.dtype(object)
+def _is_frame(a: Any) -> bool:
+    return hasattr(a, "columns") and hasattr(a, "iloc")
 
 
-def _frame_array(op: str, frame: Any, columns: Any, same: bool) -> np.ndarray:
-    if hasattr(frame, "columns") and list(frame.columns) != list(columns):
+def _is_number(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and np.issubdtype(dtype, np.number)
+
+
+def _numbers(op: str, frame: Any) -> np.ndarray:
+    """A DataFrame as a torch module takes it.
+
+    Raises:
+        ArgumentError: a column holds other things than numbers and truth values.
+    """
+    other = [
+        f"{name!r} ({dtype})"
+        for name, dtype in zip(frame.columns, frame.dtypes, strict=True)
+        if not (_is_number(dtype) or dtype == np.dtype(bool))
+    ]
+    if other:
         msg = (
-            f"{op}: background has the columns {list(frame.columns)}, x has {list(columns)}. "
-            "They must be the same, in the same order."
+            f"{op}: f is a torch module, which takes numbers, but these columns hold other things: "
+            f"{', '.join(other[:5])}. Encode them, or wrap f in a function of a DataFrame."
         )
         raise ArgumentError(msg)
-    return np.asarray(frame) if same else np.asarray(frame, dtype=object)
+    return np.asarray(frame, dtype=np.result_type(*frame.dtypes) if frame.shape[1] else None)
+
+
+def _stacked(x: Any, background: Any) -> Any:
+    """A column of x over that of the background, as an array of one type that holds both.
+
+    Categories are those of the first that has any, and after them what else occurs: a value that
+    is no category would become missing.
+    """
+    import pandas as pd
+
+    both = next((a.dtype for a in (x, background) if hasattr(a, "cat")), None)
+    if both is not None and x.dtype != background.dtype:
+        seen = pd.concat([x.astype(object), background.astype(object)]).dropna().unique()
+        more = [value for value in seen if value not in both.categories]
+        both = pd.CategoricalDtype([*both.categories, *more], both.ordered)
+        x, background = (a.astype(object).astype(both) for a in (x, background))
+    return (pd.concat([x, background], ignore_index=True) if len(x) else background).array
 
 
 def _one_row(a: Any) -> Any:

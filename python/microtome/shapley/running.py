@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from microtome.errors import ArgumentError
 
+KEPT = 1 << 20  # evaluations after which an enumeration has rows done, which Ctrl-C keeps
+
 
 class Moments:
     """Mean and spread of unit means, by explicand, stratum and player, merged round by round.

@@ -31,7 +31,8 @@ def series_game(
     """The game of one series: absent stretches of time are taken from a background series.
 
     Args:
-        f: takes series [R, ...] of the layout, kind and dtype of x; returns [R] or [R, o].
+        f: takes series [R, ...] of the layout, kind and dtype of x; returns [R] or [R, o]. Whole
+            numbers become fractions where the background has some, as the mean has.
         x: [t] or [t, c], an array, a tensor or a DataFrame's values; [c, t] if `time_last`.
         steps: who plays: stretches of so many steps (the last may be shorter), or the places
             where a new stretch starts: [8, 20] makes 0-7, 8-19 and 20 to the end.
@@ -112,9 +113,11 @@ def _background(op: str, background: Any, raw: Any, time_last: bool) -> Any:
     if isinstance(background, str):
         _check.one_of(op, "background", background, ("mean",))
         if isinstance(raw, Tensor):
-            mean = raw.double().mean(time, keepdim=True).to(raw.dtype)
+            real = raw.dtype if raw.is_floating_point() else torch.get_default_dtype()
+            mean = raw.double().mean(time, keepdim=True).to(real)
             return mean.expand(raw.shape)[None].contiguous()
-        mean = raw.mean(time, keepdims=True).astype(raw.dtype)
+        mean = raw.mean(time, keepdims=True)
+        mean = mean.astype(raw.dtype) if raw.dtype.kind == "f" else mean
         return np.broadcast_to(mean, raw.shape)[None]
     back = background.cpu().numpy() if isinstance(background, Tensor) else np.asarray(background)
     shape = tuple(raw.shape)
@@ -132,5 +135,7 @@ def _background(op: str, background: Any, raw: Any, time_last: bool) -> Any:
         )
         raise ShapeError(msg)
     if isinstance(raw, Tensor):
-        return torch.tensor(np.ascontiguousarray(back)).to(raw.dtype)
-    return back.astype(raw.dtype)
+        found = torch.tensor(np.ascontiguousarray(back))
+        whole = found.is_floating_point() and not raw.is_floating_point()
+        return found.to(torch.get_default_dtype() if whole else raw.dtype)
+    return back if back.dtype.kind == "f" and raw.dtype.kind != "f" else back.astype(raw.dtype)

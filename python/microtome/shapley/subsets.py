@@ -85,7 +85,8 @@ def plan_of(p: int, paired: bool, sampling: str, units: int, whole_to: int = 0) 
     while True:  # every turn completes the sizes that the rest of the budget covers
         left = units - sum(counts.values())
         total = sum(share[s] for s in sizes if s not in counts)
-        covered = [s for s in sizes if s not in counts and left * share[s] >= whole[s] * total]
+        # Not whole * total: beyond 1029 players the middle sizes are larger than a float holds.
+        covered = [s for s in sizes if s not in counts and whole[s] <= left * share[s] / total]
         counts.update({s: whole[s] for s in covered})
         if not covered:
             break
