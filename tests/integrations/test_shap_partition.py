@@ -47,10 +47,10 @@ def test_a_tree_of_three_gives_owen_values_worked_by_hand() -> None:
     np.testing.assert_allclose(found.base_values, [0.0])
 
 
-@pytest.mark.parametrize("fixed_context", [None, 0, 1])
+@pytest.mark.parametrize("fixed_context", [None, "auto", 0, 1])
 @pytest.mark.parametrize("max_evals", [12, 40, 5000])
 def test_values_are_shaps_however_far_the_evaluations_reach(
-    max_evals: int, fixed_context: int | None, masker: Any
+    max_evals: int, fixed_context: int | str | None, masker: Any
 ) -> None:
     options = {"max_evals": max_evals, "fixed_context": fixed_context, "silent": True}
     peer, our = (package.PartitionExplainer(f, masker)(X, **options) for package in (theirs, ours))
@@ -125,6 +125,12 @@ def test_texts_and_images_are_shaps() -> None:
     )
     np.testing.assert_allclose(our.values.ravel(), peer.values.ravel(), atol=1e-9)
     assert np.asarray(our.output_names).tolist() == np.asarray(peer.output_names).tolist()
+
+
+def test_a_table_is_clustered_as_shap_does_it() -> None:
+    our, peer = (package.PartitionExplainer(f, BACKGROUND)(X) for package in (ours, theirs))
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+    np.testing.assert_allclose(our.clustering, peer.clustering, atol=1e-6)
 
 
 def test_a_masker_without_a_clustering_is_refused() -> None:
