@@ -133,6 +133,32 @@ def test_a_table_is_clustered_as_shap_does_it() -> None:
     np.testing.assert_allclose(our.clustering, peer.clustering, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["PartitionExplainer", "KernelExplainer", "ExactExplainer"])
+def test_a_single_output_has_the_axis_that_shap_gives_it(name: str) -> None:
+    table = theirs.maskers.Partition(BACKGROUND) if name == "PartitionExplainer" else BACKGROUND
+    peer, our = (
+        getattr(package, name)(lambda x: f(x)[:, None], table)(X, silent=True)
+        for package in (theirs, ours)
+    )
+    assert our.values.shape == peer.values.shape
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+    np.testing.assert_allclose(our.base_values, peer.base_values, atol=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [[1], theirs.Explanation.argsort.flip[:1]])
+def test_a_search_that_ends_early_follows_the_outputs_that_are_kept(outputs: Any) -> None:
+    def two(x: Any) -> np.ndarray:
+        return np.stack([100 * f(x[:, ::-1]), f(x)], 1)
+
+    peer, our = (
+        package.PartitionExplainer(two, theirs.maskers.Partition(BACKGROUND))(
+            X, max_evals=24, outputs=outputs, silent=True
+        )
+        for package in (theirs, ours)
+    )
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+
+
 def test_a_masker_without_a_clustering_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"the masker has no clustering. Take one with a hier"):
         ours.PartitionExplainer(f, theirs.maskers.Independent(BACKGROUND))

@@ -10,9 +10,9 @@ import numpy as np
 
 from microtome.errors import ArgumentError, PackageError
 from microtome.integrations.shap.assemble import Layout, assemble, masker_layout
+from microtome.integrations.shap.callables import is_pipeline, label_names, plain
 from microtome.integrations.shap.linked import WeightedGame, linear_weights, tensor_link
 from microtome.integrations.shap.masked import MaskerGame
-from microtome.integrations.shap.callables import is_pipeline, label_names, plain
 from microtome.integrations.shap.solved import Asked, Solved
 from microtome.integrations.shap.tabular import background_of, table_of
 from microtome.integrations.shap.tree import Tree
@@ -42,6 +42,7 @@ class Explainer:
 
     method = "Explainer"
     keeps_to_tree = False  # whether a masker's clustering matters
+    keeps_axis = False  # of a single output; shap's explainers differ
     background_rows: int | None = 100
 
     def __init__(
@@ -148,7 +149,7 @@ class Explainer:
         else:
             parts = [self._masked(row, asked) for row in zip(*args, strict=True)]
             layout = masker_layout(self.masker, args, self.feature_names)
-        return assemble(parts, layout, asked, labels, start)
+        return assemble(parts, layout, asked, labels, start, self.keeps_axis)
 
     def _game(self, game: Game) -> tuple[Game, Link | None]:
         """A game on the scale of the link, as far as its background rows are games of their own."""

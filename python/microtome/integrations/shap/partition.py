@@ -49,6 +49,7 @@ class PartitionExplainer(Explainer):
 
     method = "PartitionExplainer"
     keeps_to_tree = True
+    keeps_axis = True
 
     def __init__(
         self,
@@ -93,4 +94,4 @@ class PartitionExplainer(Explainer):
             raise ArgumentError(msg)
         most = 500 if asked.max_evals == "auto" else int(asked.max_evals)
         batch = asked.batch or getattr(self.masker, "default_batch_size", _BATCH)
-        return owen(game, tree, link, most, batch, context)
+        return owen(game, tree, link, most, batch, context, asked.chosen)
