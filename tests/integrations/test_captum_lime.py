@@ -87,6 +87,20 @@ def test_coefficients_may_come_by_feature_number(name: str, net: nn.Module) -> N
         assert bool((found[:, 2] == 0).all())
 
 
+@pytest.mark.parametrize("name", ["KernelShap", "Lime"])
+def test_an_output_column_of_one_has_no_axis_in_the_attributions(
+    name: str, net: nn.Module, seeded: None
+) -> None:
+    x, options = rows(3, 5), {"n_samples": 60}
+    peer, flat = (
+        getattr(package, name)(lambda a: net(a)[:, shape]).attribute(x, **options)
+        for package, shape in ((theirs, slice(1)), (ours, 0))
+    )
+    our = getattr(ours, name)(lambda a: net(a)[:, :1]).attribute(x, **options)
+    assert our.shape == peer.shape == x.shape
+    torch.testing.assert_close(our, flat)
+
+
 def test_kernel_shap_says_how_many_samples_it_needs() -> None:
     with pytest.raises(ArgumentError, match=r"n_samples=25 is too few for p=30 features: a fit "):
         ours.KernelShap(lambda x: x.sum(1)).attribute(rows(1, 30))

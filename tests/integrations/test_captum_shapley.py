@@ -65,6 +65,17 @@ def test_targets_are_for_all_examples_or_for_each(name: str, target: Any, net: n
     same(both(name, net, rows(4, 5), target=target))
 
 
+def test_a_baseline_may_lack_the_dimension_of_examples(net: nn.Module) -> None:
+    x, base = rows(4, 5), torch.arange(5.0)
+    peer = theirs.FeatureAblation(net).attribute(x, base, target=1)
+    for name in ("FeatureAblation", "ShapleyValues"):
+        our = getattr(ours, name)(net)
+        found = our.attribute(x, base, target=1)
+        torch.testing.assert_close(found, our.attribute(x, base[None], target=1))
+        if name == "FeatureAblation":
+            torch.testing.assert_close(found, peer)
+
+
 def test_a_tuple_names_an_entry_of_a_matrix_and_a_list_of_tuples_one_for_each(
     net: nn.Module,
 ) -> None:

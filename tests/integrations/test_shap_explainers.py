@@ -229,6 +229,31 @@ def test_old_calls_give_values_and_an_expected_value() -> None:
     assert explainer.expected_value == pytest.approx(f(BACKGROUND).mean())
 
 
+@pytest.mark.parametrize("name", ["KernelExplainer", "SamplingExplainer"])
+def test_the_expected_value_is_there_before_the_first_call(name: str) -> None:
+    table = theirs.kmeans(BACKGROUND, 3) if name == "KernelExplainer" else BACKGROUND
+    our, peer = (getattr(package, name)(f, table) for package in (ours, theirs))
+    assert our.expected_value == pytest.approx(float(peer.expected_value))
+    odds = {"link": "logit"} if name == "KernelExplainer" else {}
+
+    def both(x: Any) -> np.ndarray:
+        p = 1 / (1 + np.exp(-f(x)))
+        return np.stack([p, 1 - p], 1)
+
+    our, peer = (getattr(package, name)(both, BACKGROUND, **odds) for package in (ours, theirs))
+    np.testing.assert_allclose(our.expected_value, peer.expected_value, atol=1e-12)
+
+
+def test_whatever_else_shap_has_is_found_under_our_name() -> None:
+    assert ours.maskers is theirs.maskers
+    assert ours.links is theirs.links
+    assert ours.models is theirs.models
+    assert ours.plots.waterfall is theirs.plots.waterfall
+    assert ours.KernelExplainer is not theirs.KernelExplainer
+    with pytest.raises(AttributeError, match=r"neither microtome.integrations.shap nor shap has"):
+        _ = ours.maskars
+
+
 def test_the_constructor_sets_defaults_of_calls() -> None:
     explainer = ours.PermutationExplainer(f, BACKGROUND, max_evals=60, error_bounds=True)
     few = explainer(X)

@@ -47,10 +47,10 @@ def test_a_tree_of_three_gives_owen_values_worked_by_hand() -> None:
     np.testing.assert_allclose(found.base_values, [0.0])
 
 
-@pytest.mark.parametrize("fixed_context", [None, 0, 1])
+@pytest.mark.parametrize("fixed_context", [None, "auto", 0, 1])
 @pytest.mark.parametrize("max_evals", [12, 40, 5000])
 def test_values_are_shaps_however_far_the_evaluations_reach(
-    max_evals: int, fixed_context: int | None, masker: Any
+    max_evals: int, fixed_context: int | str | None, masker: Any
 ) -> None:
     options = {"max_evals": max_evals, "fixed_context": fixed_context, "silent": True}
     peer, our = (package.PartitionExplainer(f, masker)(X, **options) for package in (theirs, ours))
@@ -125,6 +125,38 @@ def test_texts_and_images_are_shaps() -> None:
     )
     np.testing.assert_allclose(our.values.ravel(), peer.values.ravel(), atol=1e-9)
     assert np.asarray(our.output_names).tolist() == np.asarray(peer.output_names).tolist()
+
+
+def test_a_table_is_clustered_as_shap_does_it() -> None:
+    our, peer = (package.PartitionExplainer(f, BACKGROUND)(X) for package in (ours, theirs))
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+    np.testing.assert_allclose(our.clustering, peer.clustering, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["PartitionExplainer", "KernelExplainer", "ExactExplainer"])
+def test_a_single_output_has_the_axis_that_shap_gives_it(name: str) -> None:
+    table = theirs.maskers.Partition(BACKGROUND) if name == "PartitionExplainer" else BACKGROUND
+    peer, our = (
+        getattr(package, name)(lambda x: f(x)[:, None], table)(X, silent=True)
+        for package in (theirs, ours)
+    )
+    assert our.values.shape == peer.values.shape
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
+    np.testing.assert_allclose(our.base_values, peer.base_values, atol=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [[1], theirs.Explanation.argsort.flip[:1]])
+def test_a_search_that_ends_early_follows_the_outputs_that_are_kept(outputs: Any) -> None:
+    def two(x: Any) -> np.ndarray:
+        return np.stack([100 * f(x[:, ::-1]), f(x)], 1)
+
+    peer, our = (
+        package.PartitionExplainer(two, theirs.maskers.Partition(BACKGROUND))(
+            X, max_evals=24, outputs=outputs, silent=True
+        )
+        for package in (theirs, ours)
+    )
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-9)
 
 
 def test_a_masker_without_a_clustering_is_refused() -> None:

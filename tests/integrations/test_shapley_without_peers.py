@@ -49,6 +49,8 @@ for call, package in (
         ),
         "scikit-learn",
     ),
+    (lambda: shap.maskers, "shap"),
+    (lambda: shap.PartitionExplainer(lambda x: x.prod(1), np.zeros((2, 3))), "shap"),
 ):
     try:
         call()

@@ -97,6 +97,8 @@ def _baseline(op: str, base: Any, x: Tensor) -> Tensor:
     if not (number or isinstance(base, Tensor)):
         msg = f"{op}: a baseline must be a tensor or a number, got {type(base).__name__}."
         raise ArgumentError(msg)
+    if isinstance(base, Tensor) and base.dim() and base.shape == x.shape[1:]:
+        base = base[None]  # of one example, without the dimension that counts examples
     if number or base.dim() == 0:
         held = x.new_full((1, *x.shape[1:]), base)
     else:

@@ -100,6 +100,8 @@ def one_output(op: str, game: ForwardGame) -> None:
             f"outputs of shape {list(game.output_shape)}. Choose one with target."
         )
         raise ShapeError(msg)
+    # Outputs [e, 1] are a number for each example too, and attributions have no axis for them.
+    game.output_shape = game.output_shape[:1]
 
 
 def by_feature(game: ForwardGame, values: Tensor) -> Tensor:

@@ -54,7 +54,12 @@ def masker_layout(masker: Any, args: Sequence[Any], feature_names: Any) -> Layou
 
 
 def assemble(
-    parts: list[Solved], layout: Layout, asked: Asked, labels: Sequence[str] | None, start: float
+    parts: list[Solved],
+    layout: Layout,
+    asked: Asked,
+    labels: Sequence[str] | None,
+    start: float,
+    keeps_axis: bool = False,
 ) -> Any:
     """An Explanation for each input; alone if there is one.
 
@@ -64,15 +69,19 @@ def assemble(
         asked: the call's arguments.
         labels: names of the outputs, or None.
         start: time.monotonic() when the call began.
+        keeps_axis: whether the only one of several outputs, or of [rows, 1], has an axis.
     """
-    kept = [part.keep(asked.outputs, lambda v: explanation(values=v)) for part in parts]
+    kept = [part.keep(asked.outputs) for part in parts]
     parts = [part for part, _ in kept]
     numbers = [at for _, at in kept]
     base = pack([_flat(part.base[0].numpy(), part.scalar) for part in parts])
     names = _output_names(parts, numbers, labels)
     out = []
     for j, data in enumerate(layout.data):
-        split = [_input(part, shapes, j) for part, shapes in zip(parts, layout.shapes, strict=True)]
+        split = [
+            _input(part, shapes, j, keeps_axis)
+            for part, shapes in zip(parts, layout.shapes, strict=True)
+        ]
         fields = {name: pack([s[name] for s in split]) for name in split[0]} if split else {}
         if asked.error_bounds and asked.error_kind == "standard":
             fields["lower_bounds"] = fields["values"] - 2 * fields["error_std"]
@@ -96,11 +105,11 @@ def _flat(a: np.ndarray, scalar: bool) -> Any:
     return a[..., 0] if scalar else a
 
 
-def _input(part: Solved, shapes: list[tuple[int, ...]], j: int) -> dict[str, Any]:
-    """One input's share of a row's values; a single output takes no axis, as in shap."""
+def _input(part: Solved, shapes: list[tuple[int, ...]], j: int, keeps_axis: bool) -> dict[str, Any]:
+    """One input's share of a row's values."""
     sizes = [math.prod(shape) for shape in shapes]
     at = slice(sum(sizes[:j]), sum(sizes[: j + 1]))
-    single = part.values.shape[-1] == 1
+    single = part.scalar if keeps_axis else part.values.shape[-1] == 1
 
     def share(a: Any) -> Any:
         if a is None:

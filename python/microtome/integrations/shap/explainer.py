@@ -10,9 +10,9 @@ import numpy as np
 
 from microtome.errors import ArgumentError, PackageError
 from microtome.integrations.shap.assemble import Layout, assemble, masker_layout
-from microtome.integrations.shap.links import WeightedGame, linear_weights, tensor_link
+from microtome.integrations.shap.callables import is_pipeline, label_names, plain
+from microtome.integrations.shap.linked import WeightedGame, linear_weights, tensor_link
 from microtome.integrations.shap.masked import MaskerGame
-from microtome.integrations.shap.models import is_pipeline, label_names, plain
 from microtome.integrations.shap.solved import Asked, Solved
 from microtome.integrations.shap.tabular import background_of, table_of
 from microtome.integrations.shap.tree import Tree
@@ -42,6 +42,7 @@ class Explainer:
 
     method = "Explainer"
     keeps_to_tree = False  # whether a masker's clustering matters
+    keeps_axis = False  # of a single output; shap's explainers differ
     background_rows: int | None = 100
 
     def __init__(
@@ -62,7 +63,7 @@ class Explainer:
         self.feature_names, self.output_names = feature_names, output_names
         self.linearize_link, self.seed, self.memory = linearize_link, seed, memory
         self.call_args = call_args
-        self.expected_value: Any = None
+        self._expected: Any = None
         self._background = background_of(self.masker, self.background_rows)
         self._linked = tensor_link(self.method, link)
         if self._background is None and not callable(self.masker):
@@ -71,6 +72,28 @@ class Explainer:
                 f"function masker(mask, *inputs), got {type(masker).__name__}."
             )
             raise ArgumentError(msg)
+
+    @property
+    def expected_value(self) -> Any:
+        """The base value, a number or [outputs]; None before the first call of other maskers.
+
+        Over a background table the model is asked when this is first read.
+        """
+        if self._expected is None and self._background is not None:
+            held = self._background
+            first = held.rows[:1]
+            table = table_of(self.method, self.model, held, first, self._frames(first))
+            names = [str(j) for j in range(table.varying.shape[1])]
+            game = next(table.games(self.method, self.model, names, self.memory))[2]
+            linked, link = self._game(game)
+            base = linked.ends()[0].mean(1)
+            base = (base if link is None else link(base))[0].numpy()
+            self._expected = float(base[0]) if linked.scalar else base
+        return self._expected
+
+    @expected_value.setter
+    def expected_value(self, value: Any) -> None:
+        self._expected = value
 
     def _masker(self, model: Any, masker: Any) -> Any:
         """The masker; shap's masker of texts for a tokenizer, or for a pipeline's own."""
@@ -126,7 +149,7 @@ class Explainer:
         else:
             parts = [self._masked(row, asked) for row in zip(*args, strict=True)]
             layout = masker_layout(self.masker, args, self.feature_names)
-        return assemble(parts, layout, asked, labels, start)
+        return assemble(parts, layout, asked, labels, start, self.keeps_axis)
 
     def _game(self, game: Game) -> tuple[Game, Link | None]:
         """A game on the scale of the link, as far as its background rows are games of their own."""

@@ -47,6 +47,7 @@ class KernelExplainer(Explainer):
 
     method = "KernelExplainer"
     background_rows = None
+    keeps_axis = True
 
     def __init__(
         self,

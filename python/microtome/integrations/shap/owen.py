@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def owen(
     evaluations: int,
     batch: int,
     fixed_context: int | None = None,
+    chosen: Callable[[Tensor], Any] | None = None,
 ) -> Solved:
     """Owen values by splitting nodes, those with the largest effects first.
 
@@ -53,6 +55,8 @@ def owen(
         evaluations: most coalitions of a row, both ends among them.
         batch: coalitions evaluated between two looks at which nodes come next.
         fixed_context: None, 0 or 1.
+        chosen: from a row's full value [o] to the outputs whose effects say which nodes come next;
+            None for all.
 
     Returns:
         Exact values, with errors of zero, if evaluations reach `tree.evaluations()` and no context
@@ -71,6 +75,8 @@ def owen(
     nodes = torch.zeros(len(rows), 2 * tree.features - 1, full.shape[1], dtype=torch.float64)
     for who in groups:
         search = _Search(game, tree, link, who, batch if not enough else 1 << 12)
+        if chosen is not None and not enough:
+            search.seen = chosen(full[who[0]])
         root = _Task(tree.root, np.zeros(tree.features, dtype=bool), base[who], full[who], 1.0)
         nodes[who] = search.run(root, evaluations - 2, fixed_context)
     values = tree.lowered(nodes)
@@ -86,6 +92,7 @@ class _Search:
         self.game, self.tree, self.link, self.who, self.batch = game, tree, link, who, batch
         self.queue: list[tuple[float, int, _Task]] = []
         self.numbers = itertools.count()
+        self.seen: Any = slice(None)
 
     def run(self, root: _Task, budget: int, fixed_context: int | None) -> Tensor:
         """[e, 2 M - 1, o]: what stays with each node."""
@@ -112,7 +119,8 @@ class _Search:
         return nodes
 
     def _put(self, task: _Task) -> None:
-        size = float((task.together - task.without).abs().max()) * task.weight
+        change = (task.together - task.without)[:, self.seen]
+        size = float(change.abs().max()) * task.weight
         heapq.heappush(self.queue, (-size, next(self.numbers), task))
 
     def _values(self, tasks: list[_Task]) -> Tensor:

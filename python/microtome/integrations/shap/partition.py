@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from microtome.errors import ArgumentError
+import numpy as np
+
+from microtome.errors import ArgumentError, PackageError
 from microtome.integrations.shap.explainer import Explainer
 from microtome.integrations.shap.owen import owen
 from microtome.integrations.shap.solved import Asked, Solved
@@ -25,14 +27,15 @@ class PartitionExplainer(Explainer):
 
     Args:
         model: as in `Explainer`, like the other arguments.
-        masker: with a `clustering`: shap.maskers.Partition, Text, Image, or any of that kind.
+        masker: with a `clustering`: shap.maskers.Partition, Text, Image, or any of that kind; or a
+            table, which shap.maskers.Partition then clusters.
         output_names: names of the outputs.
         link: the scale that is explained.
         linearize_link: see `Explainer`.
         feature_names: see `Explainer`.
         memory: bytes of masked inputs in one call of the model.
-        **call_args: defaults for the arguments of calls. Calls also take fixed_context: None, or 0
-            or 1 to look at features while their sibling is absent or present alone.
+        **call_args: defaults for the arguments of calls. Calls also take fixed_context: None (or
+            "auto"), or 0 or 1 to look at features while their sibling is absent or present alone.
 
     Example:
         >>> import numpy as np
@@ -46,6 +49,7 @@ class PartitionExplainer(Explainer):
 
     method = "PartitionExplainer"
     keeps_to_tree = True
+    keeps_axis = True
 
     def __init__(
         self,
@@ -72,10 +76,22 @@ class PartitionExplainer(Explainer):
             )
             raise ArgumentError(msg)
 
+    def _masker(self, model: Any, masker: Any) -> Any:
+        """For a table shap's Partition masker of it, which clusters the columns, as in shap."""
+        if not (hasattr(masker, "iloc") or isinstance(masker, np.ndarray)) or masker.ndim != 2:
+            return super()._masker(model, masker)
+        try:
+            import shap
+        except ImportError as error:
+            msg = f"{self.method}: clustering a table needs shap. Run pip install shap."
+            raise PackageError(msg) from error
+        return shap.maskers.Partition(masker)
+
     def _solve(self, game: Game, asked: Asked, link: Link | None, tree: Tree | None) -> Solved:
-        if asked.fixed_context not in (None, 0, 1):
-            msg = f"{self.method}: fixed_context must be None, 0 or 1, got {asked.fixed_context}."
+        context = None if asked.fixed_context == "auto" else asked.fixed_context
+        if context not in (None, 0, 1):
+            msg = f"{self.method}: fixed_context must be None, 'auto', 0 or 1, got {context!r}."
             raise ArgumentError(msg)
         most = 500 if asked.max_evals == "auto" else int(asked.max_evals)
         batch = asked.batch or getattr(self.masker, "default_batch_size", _BATCH)
-        return owen(game, tree, link, most, batch, asked.fixed_context)
+        return owen(game, tree, link, most, batch, context, asked.chosen)

@@ -12,7 +12,7 @@ from torch import Tensor
 from microtome._seed import generator
 from microtome.errors import ArgumentError
 from microtome.integrations.shap.explainer import Explainer
-from microtome.integrations.shap.links import WeightedGame
+from microtome.integrations.shap.linked import WeightedGame
 from microtome.integrations.shap.solved import Asked, Solved
 from microtome.integrations.shap.tree import Tree
 from microtome.shapley.exact import affordable, exact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,22 @@ from torch import Tensor
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.integrations.shap.explanation import explanation
 from microtome.integrations.shap.tree import Tree
 from microtome.shapley.coalitions import MEAN, inverse, spans
 from microtome.shapley.game import Game
 from microtome.shapley.link import Link
 
 ERRORS = ("standard", "marginal")
+
+
+def numbers_of(outputs: Any, full: Tensor) -> np.ndarray:
+    """Which outputs `outputs` names for a row whose full value is [o]."""
+    if hasattr(outputs, "apply"):  # one of shap's chains, such as Explanation.argsort.flip[:2]
+        outputs = outputs.apply(explanation(values=full.numpy())).values
+    if isinstance(outputs, list | tuple):
+        outputs = np.asarray(outputs)
+    return np.atleast_1d(np.arange(len(full))[outputs])
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,11 @@ class Asked:
         asked = cls(**given)
         _check.one_of(op, "error_kind", asked.error_kind, ERRORS)
         return asked
+
+    @property
+    def chosen(self) -> Callable[[Tensor], np.ndarray] | None:
+        """From a row's full value [o] to the outputs that are kept; None if all are."""
+        return None if self.outputs is None else partial(numbers_of, self.outputs)
 
     @property
     def batch(self) -> int | None:
@@ -128,15 +144,11 @@ class Solved:
             nodes=None if self.nodes is None else self.nodes[i : i + 1],
         )  # fmt: skip
 
-    def keep(self, outputs: Any, as_explanation: Callable[..., Any]) -> tuple[Solved, Any]:
+    def keep(self, outputs: Any) -> tuple[Solved, Any]:
         """Some outputs of one row, and their numbers (None for all)."""
         if outputs is None or self.scalar:
             return self, None
-        if hasattr(outputs, "apply"):  # one of shap's chains, such as Explanation.argsort.flip[:2]
-            outputs = outputs.apply(as_explanation(self.full[0].numpy())).values
-        if isinstance(outputs, list | tuple):
-            outputs = np.asarray(outputs)
-        at = np.atleast_1d(np.arange(self.full.shape[1])[outputs])
+        at = numbers_of(outputs, self.full[0])
 
         def kept(a: Tensor | None) -> Tensor | None:
             return None if a is None else a[..., torch.from_numpy(at)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ArgumentError, ShapeError
-from microtome.integrations.shap.models import as_module_input
+from microtome.integrations.shap.callables import as_module_input
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.players import Players
 
