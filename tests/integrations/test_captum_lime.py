@@ -93,7 +93,7 @@ def test_an_output_column_of_one_has_no_axis_in_the_attributions(
 ) -> None:
     x, options = rows(3, 5), {"n_samples": 60}
     peer, flat = (
-        getattr(package, name)(lambda a: net(a)[:, shape]).attribute(x, **options)
+        getattr(package, name)(lambda a, shape=shape: net(a)[:, shape]).attribute(x, **options)
         for package, shape in ((theirs, slice(1)), (ours, 0))
     )
     our = getattr(ours, name)(lambda a: net(a)[:, :1]).attribute(x, **options)
