@@ -113,3 +113,11 @@ def test_budgets_and_options_that_do_not_fit_are_told(smooth):
         interactions(*smooth, index="FSII", n_coalitions=60)
     with pytest.raises(ArgumentError, match=r"take a matrix of .* GB. Lower the order, group"):
         interactions(SetGame(lambda z: z.sum(1), 200), order=2)
+
+
+def test_pairs_are_drawn_as_a_heat_map(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = interactions(lambda a: a[:, 0] * a[:, 1], np.ones((1, 3)), np.zeros((1, 3)))
+    assert found.plot(tmp_path / "heat.png").stat().st_size > 1000
+    with pytest.raises(ArgumentError, match=r"kind must be one of"):
+        found.plot(tmp_path / "heat.png", "bar")
