@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ArgumentError, NonFiniteError, PackageError, ShapeError
-from microtome.lime import explain_tabular, exponential
+from microtome.lime import explain_tabular, explain_text, exponential
 from microtome.lime.bins import Bins, bins_of, codes, edges_of, padded
 from microtome.lime.levels import of_bins, of_categories
+from microtome.lime.plot import draw_bars
 
 
 def table(n: int = 300, m: int = 4) -> Tensor:
@@ -215,6 +216,17 @@ def test_results_print_as_json_and_draw(tmp_path: Any) -> None:
     assert "2 rows x 4 features, table" in repr(found)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert found.plot(tmp_path / "bars.png", row=1).stat().st_size > 1000
+
+
+def test_names_of_any_letters_and_length_leave_room_for_the_bars(tmp_path: Any) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    axes = figure(layout="constrained").subplots()
+    draw_bars(axes, ["$x_1$ > 2", "w" * 150], [1.0, -1.0], "f = 1")
+    said = [label.get_text() for label in axes.get_yticklabels()]
+    assert said[0] == "$x_1$ > 2"
+    assert len(said[1]) <= 34
+    found = explain_text(lambda texts: [len(t) for t in texts], "\u826f\u3044 film")
+    found.plot(tmp_path / "bars.png")  # letters that no font has give no warning
 
 
 def test_bins_hold_what_lies_between_their_edges() -> None:

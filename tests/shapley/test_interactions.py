@@ -118,3 +118,11 @@ def test_budgets_and_options_that_do_not_fit_are_told(smooth):
 def test_more_sets_than_can_be_held_are_told_before_they_are_made():
     with pytest.raises(ArgumentError, match="p=3000 players have 4,501,500 sets of up to 2, more"):
         interactions(lambda rows: rows.sum(1), torch.ones(1, 3000), torch.zeros(1, 3000))
+
+
+def test_pairs_are_drawn_as_a_heat_map(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = interactions(lambda a: a[:, 0] * a[:, 1], np.ones((1, 3)), np.zeros((1, 3)))
+    assert found.plot(tmp_path / "heat.png").stat().st_size > 1000
+    with pytest.raises(ArgumentError, match=r"kind must be one of"):
+        found.plot(tmp_path / "heat.png", "bar")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from microtome.errors import PackageError
+from microtome.shapley.plots.canvas import INK, as_is, boxes_for_letters, cut
 
 if TYPE_CHECKING:
     from microtome.lime.result import LimeExplanation
@@ -36,10 +37,10 @@ def figure() -> Any:
 
 
 def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str) -> None:
-    """Horizontal bars, the first name on top; names with signs matplotlib would parse are kept."""
+    """Horizontal bars, the first name on top; long names lose their middle."""
     place = range(len(names), 0, -1)
     axes.barh(list(place), values, color=[_UP if v > 0 else _DOWN for v in values])
-    axes.set_yticks(list(place), [name.replace("$", r"\$") for name in names])
+    axes.set_yticks(list(place), [cut(name, 34) for name in names], **as_is(INK))
     axes.axvline(0, color="#333333", linewidth=0.8)
     axes.set_title(title, fontsize=10)
     for side in ("top", "right", "left"):
@@ -61,10 +62,12 @@ def bars(
     made = make((6.4, 1.2 + 0.3 * max(1, len(found))))
     axes = made.subplots()
     title = "f = {:.4g}, local model {:.4g}, R² {:.2f}".format(*map(float, scores))
-    draw_bars(axes, [one["feature"] for one in found], [one["value"] for one in found], title)
+    draw_bars(axes, [one["feature"] for one in found], [one["value"] for one in found], "")
+    made.suptitle(title, fontsize=10)  # over the names too: it is wider than short bars
     axes.set_xlabel("local coefficient", fontsize=9)
     path = Path(path)
-    made.savefig(path)
+    with boxes_for_letters():
+        made.savefig(path)
     return path
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.shapley.players import Players
 
@@ -81,6 +83,27 @@ class Interactions:
             }
             for at in values.abs().argsort(descending=True)[:k].tolist()
         ]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The players' names."""
+        return self.players.names
+
+    def plot(self, path: str | Path, kind: str = "heat", **options: Any) -> Path:
+        """Draw the pairs of a row as a heat map; see `microtome.shapley.plots.heat`.
+
+        Args:
+            path: where to write the picture; its ending says the format.
+            kind: "heat" (or "auto").
+            **options: `row`, `output`, `limit`, `title`.
+
+        Raises:
+            PackageError: matplotlib is not installed.
+        """
+        from microtome.shapley.plots import heat
+
+        _check.one_of("plot", "kind", kind, ("heat", "auto"))
+        return heat(self, path, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for JSON."""

@@ -35,7 +35,8 @@ def heat(
     """Red where two players add to each other, blue where they take away; the diagonal is single.
 
     Args:
-        interactions: has `.matrix` [p, p], [e, p, p] or [e, p, p, o], and `.names`.
+        interactions: Interactions, or what has `.names` and a `.matrix` [p, p], [e, p, p] or
+            [e, p, p, o].
         path: where to write; the ending says the format.
         row: which row, where there are several.
         output: which output, where there are several.
@@ -46,7 +47,8 @@ def heat(
     has the end's colour.
     """
     op = "plot: heat"
-    matrix, names = array(interactions.matrix), tuple(map(str, interactions.names))
+    matrix, names = interactions.matrix, tuple(map(str, interactions.names))
+    matrix = array(matrix() if callable(matrix) else matrix)
     if matrix.ndim == 4:
         _check.between(op, "output", output, 0, matrix.shape[3] - 1)
         matrix = matrix[..., output]

@@ -85,7 +85,8 @@ def bar(
     low = min(0.0, *(s - ERRORS * e for s, e in zip(sizes, errors, strict=True)))
     high = max(0.0, *(s + ERRORS * e for s, e in zip(sizes, errors, strict=True)))
     span = high - low or 1.0
-    left, right = (0.13 * span if low < 0 else 0.0), (0.13 * span if high > 0 or low == 0 else 0.0)
+    room = max(0.13, 0.026 * max(len(write(s)) for s in sizes)) * span  # for the numbers
+    left, right = (room if low < 0 else 0.0), (room if high > 0 or low == 0 else 0.0)
     axes.set_xlim(low - left, high + right)
     for i, (s, e) in enumerate(zip(sizes, errors, strict=True)):
         end = s + np.copysign(ERRORS * e + 0.012 * span, s)
