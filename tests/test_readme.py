@@ -41,6 +41,7 @@ PAGES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of shap, for matplotlib
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
