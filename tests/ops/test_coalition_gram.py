@@ -125,6 +125,8 @@ def test_each_explicand_may_bring_its_own_weights(backend: str) -> None:
 @every_case
 @on_every_backend
 def test_whole_numbers_are_summed_exactly(backend: str, case: Case) -> None:
+    if backend == "triton" and case.K > 8192 and not torch.cuda.is_available():
+        pytest.skip("triton's interpreter takes minutes for two segments; a GPU takes them")
     inputs = case.inputs()
     with use_backend(backend):
         gram, moments = coalition_gram(*inputs)
