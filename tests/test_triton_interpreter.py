@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -21,16 +20,10 @@ from microtome.ops.sparse_decode import (
 )
 from microtome.ops.topk_encode import topk_encode_reference
 from microtome.testing import CASES, Case, assert_accurate
+from microtome.testing.triton import DEVICE, MARKS, RUNS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = MARKS
+if RUNS:
     bf16 = pytest.importorskip("microtome.kernels.bf16")
     from microtome.kernels import (
         sae_loss,
@@ -42,7 +35,6 @@ if INTERPRETED or torch.cuda.is_available():
         topk_encode as encode,
     )
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 BY_NAME = {case.name: case for case in CASES}
 SMALL = [
     pytest.param(case, id=case.name) for case in CASES if case.name not in ("massive", "medium")

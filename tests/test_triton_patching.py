@@ -3,8 +3,6 @@ would take others."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,21 +19,12 @@ from microtome.ops import (
 from microtome.ops.delta_linear import delta_linear_reference
 from microtome.ops.patch_rows import patch_rows_reference
 from microtome.testing import ATTENTION_CASES, SWAP_CASES, assert_accurate
+from microtome.testing.triton import DEVICE, MARKS, RUNS, SILENT
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = [*MARKS, SILENT]
+if RUNS:
     attention = pytest.importorskip("microtome.kernels.cascade_attention")
     from microtome.kernels import delta_linear, patch_rows
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def put(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

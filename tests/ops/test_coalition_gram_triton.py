@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from microtome._seed import generator
 from microtome.ops.coalition_gram import coalition_gram_reference
+from microtome.testing.triton import DEVICE, MARKS, RUNS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = MARKS
+if RUNS:
     kernel = pytest.importorskip("microtome.kernels.coalition_gram")
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # K, p, e, o, g
 SIZES = [
     (3, 1, 1, 1, 1),

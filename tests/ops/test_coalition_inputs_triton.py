@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,21 +10,14 @@ from microtome import errors
 from microtome._seed import generator
 from microtome.ops import coalition_inputs, use_backend
 from microtome.ops.coalition_inputs import _DTYPES, coalition_inputs_reference
+from microtome.testing.triton import DEVICE, MARKS, RUNS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = MARKS
+if RUNS:
     kernel = pytest.importorskip("microtome.kernels.coalition_inputs")
     triton = pytest.importorskip("triton")
     tl = triton.language
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES = [(1, 1, 1), (50, 7, 7), (3, 513, 9), (0, 5, 5), (4, 0, 0), (300, 30, 4)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +15,15 @@ from microtome.ops import GELU, IDENTITY, RELU, SILU, SOFTPLUS, TANH, mlp_shaple
 from microtome.ops._mlp_shapley_inputs import ACTIVATIONS
 from microtome.ops.mlp_shapley import mlp_shapley_reference
 from microtome.testing import assert_accurate
+from microtome.testing.triton import DEVICE, INTERPRETED, MARKS, RUNS, SILENT
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = [*MARKS, SILENT]
+if RUNS:
     kernel = pytest.importorskip("microtome.kernels.mlp_shapley")
     from microtome.kernels import activations, mlp_layers
 
     triton = pytest.importorskip("triton")
     tl = triton.language
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)

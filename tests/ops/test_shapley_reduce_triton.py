@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,20 +10,12 @@ from microtome import errors
 from microtome._seed import generator
 from microtome.ops import shapley_reduce, use_backend
 from microtome.ops.shapley_reduce import shapley_reduce_reference
+from microtome.testing.triton import DEVICE, MARKS, RUNS, SILENT
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no CUDA device, and TRITON_INTERPRET is not 1",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = [*MARKS, SILENT]
+if RUNS:
     kernel = pytest.importorskip("microtome.kernels.shapley_reduce")
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # e, S, U, A, p, o
 SIZES = [
     (1, 1, 1, 1, 1, 1),

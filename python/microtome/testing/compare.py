@@ -10,13 +10,14 @@ from torch import Tensor
 
 from microtome import _native
 from microtome.ops import _registry
+from microtome.testing import triton
 
 _LUCK = 32  # entries
 
 
 def interpreted(backend: str) -> bool:
     """Whether a backend's kernels run in Triton's interpreter rather than on a GPU."""
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "triton" and triton.INTERPRETED
 
 
 def skip_if_interpreted(backend: str, why: str) -> None:
@@ -75,14 +76,8 @@ def backends_of(op: _registry.Op) -> list[object]:
     parameters: list[object] = []
     for backend in op.backends:
         reason = _registry.unavailable(backend.name)
-        here = (
-            backend.name != "triton"
-            or os.environ.get("TRITON_INTERPRET") == "1"
-            or torch.cuda.is_available()
-        )
-        # Numpy warns of 0 * inf in lanes that a kernel masks; a GPU computes them in silence.
-        silent = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-        marks = [pytest.mark.triton, silent] if backend.name == "triton" else []
+        here = backend.name != "triton" or triton.RUNS
+        marks = [pytest.mark.triton, triton.SILENT] if backend.name == "triton" else []
         if reason and (backend.name not in required or not here):
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
         parameters.append(pytest.param(backend.name, marks=marks, id=backend.name))
