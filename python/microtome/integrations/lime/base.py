@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
-from microtome.lime.equations import Equations
+from microtome.lime.equations import Equations, from_coalitions
 from microtome.lime.kernels import weights_of
 from microtome.lime.ridge import fit
 from microtome.lime.selection import check_selection, select
+from microtome.shapley.coalitions import pack
 
 Pairs = list[tuple[Any, Any]]
 
@@ -115,6 +116,36 @@ class Local:
                 print("Right:", values[0, c])
             out.append((intercept, pairs, score, local))
         return out
+
+    def fill(
+        self,
+        found: Any,
+        labels: Sequence[Any],
+        on: np.ndarray,
+        weights: np.ndarray,
+        values: np.ndarray,
+        num_features: int,
+        model_regressor: Any,
+    ) -> None:
+        """Fit each label's values [K, labels] to who is `on` [K, p] bool, into the explanation."""
+        equations = from_coalitions(
+            pack(torch.from_numpy(on)),
+            torch.from_numpy(weights),
+            torch.from_numpy(values),
+            on.shape[1],
+        )
+        fits = self.explain(
+            equations, lambda: on.astype(float), weights, values, num_features, model_regressor
+        )
+        put(found, labels, fits)
+
+
+def put(
+    found: Any, labels: Sequence[Any], fits: Sequence[tuple[Any, Pairs, Any, np.ndarray]]
+) -> None:
+    """The fit of each label into an explanation; the last one's score and prediction stay."""
+    for label, one in zip(labels, fits, strict=True):
+        found.intercept[label], found.local_exp[label], found.score, found.local_pred = one
 
 
 def answers(op: str, out: Any, count: int, what: str) -> np.ndarray:

@@ -14,7 +14,14 @@ import torch
 from microtome import _check
 from microtome.errors import ArgumentError, ShapeError
 from microtome.integrations.lime import sparse
-from microtome.integrations.lime.base import Local, answers, classes, labels_of, random_state_of
+from microtome.integrations.lime.base import (
+    Local,
+    answers,
+    classes,
+    labels_of,
+    put,
+    random_state_of,
+)
 from microtome.integrations.lime.discretizer import Discretizer, check_stats
 from microtome.integrations.lime.explanation import Mapper, explanation, lime_class
 from microtome.integrations.lime.sampling import Sample, TableSampler
@@ -204,8 +211,7 @@ class LimeTabularExplainer:
             found.predicted_value = values[0, 0]
             found.min_value, found.max_value = values.min(), values.max()
         fits = self._fit(sample, values[:, chosen], num_features, distance_metric, model_regressor)
-        for label, one in zip(chosen, fits, strict=True):
-            found.intercept[label], found.local_exp[label], found.score, found.local_pred = one
+        put(found, chosen, fits)
         if self.mode == "regression":
             found.intercept[1] = found.intercept[0]
             found.local_exp[1] = list(found.local_exp[0])

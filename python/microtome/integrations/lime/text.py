@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from microtome.errors import ArgumentError
 from microtome.integrations.lime.base import (
@@ -17,10 +16,8 @@ from microtome.integrations.lime.base import (
     random_state_of,
 )
 from microtome.integrations.lime.explanation import WordMapper, explanation, lime_class
-from microtome.lime.equations import from_coalitions
 from microtome.lime.masks import first_of_equal, mask_distances
 from microtome.lime.words import Words
-from microtome.shapley.coalitions import pack
 
 
 class IndexedWords(Words):
@@ -112,15 +109,7 @@ class LimeTextExplainer:
         if top is not None:
             found.top_labels = top
         weights = self.base.weights(mask_distances(self._op, on, distance_metric, 100.0))
-        values = values[:, chosen]
-        equations = from_coalitions(
-            pack(torch.from_numpy(on)), torch.from_numpy(weights), torch.from_numpy(values), p
-        )
-        fits = self.base.explain(
-            equations, lambda: on.astype(float), weights, values, num_features, model_regressor
-        )
-        for label, one in zip(chosen, fits, strict=True):
-            found.intercept[label], found.local_exp[label], found.score, found.local_pred = one
+        self.base.fill(found, chosen, on, weights, values[:, chosen], num_features, model_regressor)
         return found
 
     def _draw(self, p: int, num_samples: int) -> np.ndarray:
