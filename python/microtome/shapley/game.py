@@ -133,7 +133,39 @@ class SetGame:
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-class MeanGame:
+class GameOver:
+    """A game made of another one's values: what it says of itself is what that one says."""
+
+    def __init__(self, game: Game) -> None:
+        self.game = game
+        self.rows_per_round = game.rows_per_round
+
+    @property
+    def players(self) -> Players:
+        return self.game.players
+
+    @property
+    def explicands(self) -> int:
+        return self.game.explicands
+
+    @property
+    def backgrounds(self) -> int:
+        return self.game.backgrounds
+
+    @property
+    def evaluations(self) -> int:
+        return self.game.evaluations
+
+    @property
+    def scalar(self) -> bool:
+        return self.game.scalar
+
+    @property
+    def engine(self) -> str:
+        return self.game.engine
+
+
+class MeanGame(GameOver):
     """The mean of a game over its explicands, as a game of one.
 
     Shapley values are linear in the game, so the values of the mean are the means of the values;
@@ -149,20 +181,9 @@ class MeanGame:
         1
     """
 
-    explicands = 1
-
-    def __init__(self, game: Game) -> None:
-        self.game = game
-        self.players, self.backgrounds, self.engine = game.players, game.backgrounds, game.engine
-        self.rows_per_round = game.rows_per_round
-
     @property
-    def evaluations(self) -> int:
-        return self.game.evaluations
-
-    @property
-    def scalar(self) -> bool:
-        return self.game.scalar
+    def explicands(self) -> int:
+        return 1
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The empty coalition [1, n, o] and the full one [1, o]."""

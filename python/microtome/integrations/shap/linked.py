@@ -11,9 +11,8 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError
 from microtome.shapley.coalitions import MEAN
-from microtome.shapley.game import Game
+from microtome.shapley.game import Game, GameOver
 from microtome.shapley.link import Link
-from microtome.shapley.players import Players
 
 _STEP = 1e-4  # shap's own, for the slope of a link
 
@@ -68,7 +67,7 @@ def linear_weights(values: Tensor, link: Callable[[Tensor], Tensor]) -> Tensor:
     return weights * (len(weights) / weights.sum(0))
 
 
-class WeightedGame:
+class WeightedGame(GameOver):
     """A game whose background rows count unequally, and on the scale of a link.
 
     v(S) = mean over b of weights_b link(v_b(S)), so that every background row is still a game of
@@ -81,33 +80,9 @@ class WeightedGame:
     """
 
     def __init__(self, game: Game, weights: Tensor, link: Link | None) -> None:
-        self.game, self.link = game, link
+        super().__init__(game)
+        self.link = link
         self.weights = weights if weights.dim() == 2 else weights[:, None]
-        self.rows_per_round = game.rows_per_round
-
-    @property
-    def players(self) -> Players:
-        return self.game.players
-
-    @property
-    def explicands(self) -> int:
-        return self.game.explicands
-
-    @property
-    def backgrounds(self) -> int:
-        return self.game.backgrounds
-
-    @property
-    def evaluations(self) -> int:
-        return self.game.evaluations
-
-    @property
-    def scalar(self) -> bool:
-        return self.game.scalar
-
-    @property
-    def engine(self) -> str:
-        return self.game.engine
 
     def ends(self) -> tuple[Tensor, Tensor]:
         empty, full = self.game.ends()
