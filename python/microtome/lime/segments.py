@@ -12,6 +12,7 @@ from torch import Tensor
 from microtome.errors import ArgumentError, PackageError, ShapeError
 from microtome.ops import coalition_inputs
 from microtome.shapley.coalitions import of_members
+from microtome.shapley.image import mean_colours
 
 ALGORITHMS = ("quickshift", "slic", "felzenszwalb")
 
@@ -81,14 +82,10 @@ def _algorithm(op: str, name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def hidden(image: np.ndarray, segments: np.ndarray, color: Any) -> np.ndarray:
     """What stands in for an image [H, W, C]: each segment's mean colour, or one colour."""
+    if color is None:
+        return mean_colours(image, segments)
     out = image.copy()
-    if color is not None:
-        out[:] = color
-        return out
-    count = np.bincount(segments.ravel())
-    for c in range(image.shape[2]):
-        total = np.bincount(segments.ravel(), image[..., c].ravel())
-        out[..., c] = (total / count)[segments]
+    out[:] = color
     return out
 
 

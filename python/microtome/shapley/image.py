@@ -198,7 +198,7 @@ def _background(
         elif background == "mean":
             out = np.broadcast_to(base.mean((0, 1)), base.shape)[None]
         else:
-            out = _mean_colours(base, segments)[None]
+            out = mean_colours(base, segments)[None]
         return (np.rint(out) if whole else out).astype(array.dtype)
     back = background.detach().cpu() if isinstance(background, Tensor) else np.asarray(background)
     if isinstance(back, Tensor):
@@ -222,11 +222,15 @@ def _background(
     return back.astype(array.dtype)
 
 
-def _mean_colours(base: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def mean_colours(base: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """[h, w, c] with each segment 0, 1, ... in its mean colour; other pixels as they were."""
     out = base.copy()
-    for j in range(int(segments.max()) + 1):
-        held = segments == j
-        out[held] = base[held].mean(0)
+    held = segments >= 0
+    numbers = segments[held]
+    count = np.bincount(numbers)
+    for c in range(base.shape[2]):
+        total = np.bincount(numbers, base[..., c][held])
+        out[..., c][held] = (total / count)[numbers]
     return out
 
 
