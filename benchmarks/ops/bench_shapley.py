@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.peers.bench_shapley_peers import lime_call
 from benchmarks.shapley_case import Contender, Question
 
 Prepare = Callable[[Question], Contender]
@@ -56,18 +57,7 @@ def _kernel(**options: Any) -> Prepare:
 def _lime(question: Question) -> Contender:
     from microtome.integrations.lime import LimeTabularExplainer
 
-    explainer = LimeTabularExplainer(
-        question.train.numpy(), mode="regression", discretize_continuous=True, random_state=0
-    )
-
-    def run(seed: int) -> None:
-        for row in question.x.numpy():
-            explainer.explain_instance(
-                row, question.numpy, num_features=question.case.columns,
-                num_samples=question.case.coalitions,
-            )  # fmt: skip
-
-    return Contender(run, question.case.coalitions)
+    return lime_call(LimeTabularExplainer, question)
 
 
 def _lime_own(question: Question) -> Contender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +149,12 @@ def shapiq_peer(name: str) -> Prepare:
 def lime_tabular(question: Question) -> Contender:
     from lime.lime_tabular import LimeTabularExplainer
 
-    explainer = LimeTabularExplainer(
+    return lime_call(LimeTabularExplainer, question)
+
+
+def lime_call(kind: Callable[..., Any], question: Question) -> Contender:
+    """lime's call, of its own explainer or of another with the same arguments."""
+    explainer = kind(
         question.train.numpy(), mode="regression", discretize_continuous=True, random_state=0
     )
 
