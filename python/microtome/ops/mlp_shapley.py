@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -293,32 +294,18 @@ def _cpu(
     return mean, m2
 
 
-def _why_not_cpu(
-    x: Tensor,
-    background: Tensor,
-    ranks: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    activations: list[int],
-    player: Tensor | None,
-    paired: bool,
-    precision: str,
-) -> str | None:
-    floats = [x, background, *weights, *biases]
-    return why_not_common("cpu", [*floats, ranks, player], (torch.float32,))
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among the op's arguments, and in their lists."""
+    flat = [one for a in args for one in (a if isinstance(a, list) else [a])]
+    return [one for one in flat if isinstance(one, Tensor)]
 
 
-def _why_not_triton(
-    x: Tensor,
-    background: Tensor,
-    ranks: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    activations: list[int],
-    player: Tensor | None,
-    paired: bool,
-    precision: str,
-) -> str | None:
+def _why_not_cpu(*args: Any) -> str | None:
+    return why_not_common("cpu", _tensors(args), (torch.float32,))
+
+
+def _why_not_triton(*args: Any) -> str | None:
+    weights: list[Tensor] = args[3]
     depth, o = len(weights), weights[-1].shape[0]
     widths = [W.shape[0] for W in weights[:-1]] or [o]
     if depth > 3:
@@ -327,8 +314,7 @@ def _why_not_triton(
         return f"a layer of width {max(widths)} (has up to 256)"
     if depth > 1 and o > 64:
         return f"o={o} outputs (has up to 64)"
-    tensors = [x, background, ranks, *weights, *biases, player]
-    return why_not_common("triton", tensors, (torch.float32,))
+    return why_not_common("triton", _tensors(args), (torch.float32,))
 
 
 _shapley = Op(
