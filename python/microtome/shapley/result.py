@@ -79,15 +79,13 @@ class ShapleyValues:
 
     def top(self, k: int = 10, row: int = 0, output: int = 0) -> list[dict[str, Any]]:
         """The k players of a row with the largest values, largest first."""
-        values, stderr = (a[row] if a.dim() == 2 else a[row, :, output] for a in self._both())
+        both = (self.values, self.stderr)
+        values, stderr = (a[row] if a.dim() == 2 else a[row, :, output] for a in both)
         order = values.abs().argsort(descending=True)[:k].tolist()
         return [
             {"player": self.names[j], "value": float(values[j]), "stderr": float(stderr[j])}
             for j in order
         ]
-
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self.values, self.stderr
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for JSON."""
