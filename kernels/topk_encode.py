@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from microtome.kernels import topk_select as select
 from microtome.kernels.bf16 import products, shadow_rows
+from microtome.kernels.lists import append
 from torch import Tensor
 
 from microtome import _check
@@ -144,13 +145,7 @@ def _filter_kernel(
     threshold = tl.load(theta + row, mask=live, other=0.0)
     # Not (>=): an overflowed bound is NaN and must keep its feature.
     keep = ~(highest < threshold[:, None]) & live[:, None] & (feature < f)[None, :]
-    kept = keep.to(tl.int32)
-    at = tl.atomic_add(count + row, tl.sum(kept, 1), mask=live, sem="relaxed")  # [BM]
-    at = at[:, None] + tl.cumsum(kept, 1) - kept
-    place = row.to(tl.int64)[:, None] * capacity + at
-    tl.store(
-        index + place, tl.zeros((BM, BN), tl.int32) + feature[None, :], mask=keep & (at < capacity)
-    )
+    append(keep, row, live, feature, count, index, capacity, BM, BN)
 
 
 def launch(
