@@ -24,7 +24,7 @@ $(VENV)/.env-%: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(if $(CHANGED),FORCE)
-	$(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -C cmake.define.MICROTOME_EMULATE_CUDA=ON -e .
 	touch $@
 
 FORCE:

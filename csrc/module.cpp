@@ -25,6 +25,9 @@
 #include "cpu/shapley_reduce.h"
 #include "cpu/sparse_decode.h"
 #include "cpu/topk_encode.h"
+#if defined(MICROTOME_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace microtome;
@@ -161,13 +164,10 @@ PYBIND11_MODULE(_native_ext, m) {
     m.def("isa_level", [](const std::string& forced) { return isa_name(isa_from_name(forced.c_str())); });
     m.def("screen_kind", [](const std::string& forced) { return cpu::screen_kind(isa_from_name(forced.c_str())); });
     m.def("ask_for_large_pages", &ask_for_large_pages);
-    m.def("has_cuda", [] {
 #if defined(MICROTOME_CUDA)
-        return true;
-#else
-        return false;
+    auto on_gpu = m.def_submodule("cuda");
+    cuda::bind(on_gpu);
 #endif
-    });
     m.def("attribution_scores", &cpu::attribution_scores, nogil);
     m.def("cascade_attention", &bind_cascade_attention, nogil);
     m.def("coalition_gram", &cpu::coalition_gram, nogil);

@@ -39,6 +39,42 @@ def why_absent() -> str | None:
     return load()[1] or None
 
 
+def emulates_cuda() -> bool:
+    """Whether the CUDA kernels run on the CPU, one thread at a time, which tests ask for."""
+    return os.environ.get("MICROTOME_EMULATE_CUDA") == "1"
+
+
+@functools.cache
+def _emulator() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("microtome._emulated_ext"), ""
+    except ImportError as error:
+        why = "build with -C cmake.define.MICROTOME_EMULATE_CUDA=ON"
+        return None, f"the emulated CUDA kernels are not there ({error}); {why}"
+
+
+def why_no_cuda() -> str | None:
+    """None when the CUDA kernels are there, compiled or emulated, else the reason."""
+    if emulates_cuda():
+        return _emulator()[1] or None
+    return why_absent() or (
+        None if hasattr(module(), "cuda") else "the extension holds no CUDA kernels"
+    )
+
+
+def cuda() -> ModuleType:
+    """The CUDA kernels; call only where `why_no_cuda()` returned None."""
+    native = _emulator()[0] if emulates_cuda() else module().cuda
+    if native is None:
+        raise ImportError(_emulator()[1])
+    return native
+
+
+def stream(tensor: Tensor) -> int:
+    """The current stream of the tensor's device, 0 where the kernels are emulated."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
+
+
 def forced_isa() -> str:
     """The level demanded by `MICROTOME_CPU_ISA`, "" for the best; read anew at every call."""
     return os.environ.get("MICROTOME_CPU_ISA", "")

@@ -66,10 +66,10 @@ def unavailable(name: str) -> str | None:
                 return "triton is not installed (pip install triton)"
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return None
-        elif _native.why_absent():
-            return _native.why_absent()
-        elif not _native.module().has_cuda():
-            return "the extension holds no CUDA kernels"
+        elif _native.why_no_cuda():
+            return _native.why_no_cuda()
+        elif _native.emulates_cuda():
+            return None
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
     return None
@@ -82,8 +82,12 @@ def why_not_common(
     reason = unavailable(backend)
     if reason:
         return reason
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
+    on_cpu = {
+        "cpu": True,
+        "triton": os.environ.get("TRITON_INTERPRET") == "1",
+        "cuda": _native.emulates_cuda(),
+    }
+    wanted = "cpu" if on_cpu[backend] else "cuda"
     for tensor in tensors:
         if tensor is None:
             continue

@@ -85,7 +85,7 @@ def shapley_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor,
 
 def _checks_itself(values: Tensor) -> bool:
     """Whether the backend to come checks the ranks: the reference and the C++ kernel do."""
-    return values.device.type == "cpu" and demanded_backend() != "triton"
+    return values.device.type == "cpu" and demanded_backend() not in ("triton", "cuda")
 
 
 def check_ranks(ranks: Tensor) -> None:
@@ -136,14 +136,33 @@ def _cpu_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Te
     return mean, m2
 
 
+def _cuda_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    (e, S, U, A, _, o), p = values.shape, ranks.shape[3]
+    values, places = values.contiguous(), _native.saturated(ranks)
+    mean, m2 = (
+        torch.empty(e, S, p, o, dtype=torch.float64, device=values.device) for _ in range(2)
+    )
+    with torch.cuda.device_of(values):
+        _native.cuda().shapley_reduce(
+            values.dtype == torch.float64, values.data_ptr(), places.data_ptr(), e, S, U, A, p, o,
+            paired, mean.data_ptr(), m2.data_ptr(), _native.stream(values),
+        )  # fmt: skip
+    return mean, m2
+
+
 def _why_not_cpu(values: Tensor, ranks: Tensor, paired: bool) -> str | None:
     return why_not_common("cpu", (values, ranks), _FLOATS)
+
+
+def _why_not_cuda(values: Tensor, ranks: Tensor, paired: bool) -> str | None:
+    return why_not_common("cuda", (values, ranks), _FLOATS)
 
 
 _reduce = Op(
     shapley_reduce_reference,
     fake=_fake,
     backends=[
+        Backend("cuda", f"{__name__}:_cuda_reduce", _why_not_cuda),
         triton_backend("microtome.kernels.shapley_reduce:launch", *_FLOATS),
         Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu),
     ],

@@ -10,28 +10,28 @@ from torch import Tensor
 
 from microtome import _native
 from microtome.ops import _registry
-from microtome.testing import triton
+from microtome.testing import cuda, triton
 
 _LUCK = 32  # entries
 
 
 def interpreted(backend: str) -> bool:
-    """Whether a backend's kernels run in Triton's interpreter rather than on a GPU."""
-    return backend == "triton" and triton.INTERPRETED
+    """Whether a GPU backend's kernels run on the CPU: in Triton's interpreter, or emulated."""
+    return {"triton": triton.INTERPRETED, "cuda": cuda.EMULATED}.get(backend, False)
 
 
 def skip_if_interpreted(backend: str, why: str) -> None:
     """Skip the rest of a test in Triton's interpreter; `why` says how it differs from a GPU."""
-    if interpreted(backend):
+    if backend == "triton" and interpreted(backend):
         pytest.skip(f"triton's interpreter {why}")
 
 
 def factor_of(backend: str, exact: Tensor) -> float:
-    """The factor of `assert_accurate`: 2, and 4 for Triton on at most 32 entries.
+    """The factor of `assert_accurate`: 2, and 4 on a GPU for at most 32 entries.
 
     Over so few it is luck how far plain PyTorch is off: it may happen to round exactly.
     """
-    return 4.0 if backend == "triton" and exact.numel() <= _LUCK else 2.0
+    return 4.0 if backend in ("triton", "cuda") and exact.numel() <= _LUCK else 2.0
 
 
 def max_error(got: Tensor, exact: Tensor) -> float:
@@ -77,6 +77,8 @@ def backends_of(op: _registry.Op) -> list[object]:
     for backend in op.backends:
         reason = _registry.unavailable(backend.name)
         here = backend.name != "triton" or triton.RUNS
+        if backend.name == "cuda" and cuda.EMULATED:
+            reason = None
         marks = [pytest.mark.triton, triton.SILENT] if backend.name == "triton" else []
         if reason and (backend.name not in required or not here):
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))

@@ -1,0 +1,19 @@
+// The CUDA ops on the emulator: the same kernels and hosts, over CPU tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cuda/bindings.h"
+#include "emulator/simt.h"
+
+PYBIND11_MODULE(_emulated_ext, m) {
+    microtome::cuda::bind(m);
+    m.def("set_order", [](const std::string& name, uint64_t seed) {
+        using microtome::simt::Order;
+        const Order order = name == "forward"   ? Order::kForward
+                            : name == "reverse" ? Order::kReverse
+                                                : Order::kShuffled;
+        microtome::simt::set_order(order, seed);
+    });
+}

@@ -1,0 +1,249 @@
+#include "emulator/simt.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+thread_local uint3 threadIdx, blockIdx;
+thread_local dim3 blockDim, gridDim;
+
+namespace microtome::simt {
+namespace {
+
+constexpr size_t kStack = 128 << 10, kBarriers = 16, kAlignment = 1024;
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    uint3 thread;
+    const std::function<bool()>* ready = nullptr;  // null: it can run
+    const char* waits_for = "";
+    bool done = false;
+};
+
+struct Barrier {
+    int arrived = 0;
+    uint64_t phase = 0;
+};
+
+// One exchange of the lanes of a mask.
+struct Meeting {
+    uint32_t arrived = 0, left = 0;
+    const char* what = "";
+    Lanes lanes{};
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<unsigned> turns;  // the order in which threads get their turn
+    size_t current = 0;
+    int alive = 0;
+    Barrier barriers[kBarriers];
+    std::map<std::pair<unsigned, uint32_t>, Meeting> meetings;  // by warp and mask
+    std::vector<std::function<void()>> pending;
+    std::vector<unsigned char> shared;
+    ucontext_t scheduler;
+    const std::function<void()>* body = nullptr;
+    std::string failure;
+    std::mt19937_64 random;
+};
+
+thread_local Block* block = nullptr;
+thread_local Order order = Order::kForward;
+thread_local uint64_t seed = 0;
+
+Fiber& self() { return block->fibers[block->current]; }
+
+void pause(const std::function<bool()>* ready, const char* what) {
+    Fiber& fiber = self();
+    fiber.ready = ready;
+    fiber.waits_for = what;
+    swapcontext(&fiber.context, &block->scheduler);
+}
+
+// Threads that returned no longer count, so what all the others wait for may have come.
+void release(Barrier& barrier, int threads) {
+    if (barrier.arrived > 0 && barrier.arrived >= (threads ? threads : block->alive)) {
+        barrier.arrived = 0;
+        ++barrier.phase;
+    }
+}
+
+void enter() {
+    Fiber& fiber = self();
+    try {
+        (*block->body)();
+    } catch (const std::exception& error) {
+        block->failure = error.what();
+    }
+    fiber.done = true;
+    --block->alive;
+    release(block->barriers[0], 0);
+    swapcontext(&fiber.context, &block->scheduler);
+}
+
+// Ready to enter the kernel from its start.
+void begin(Fiber& fiber) {
+    fiber.done = false;
+    fiber.ready = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+}
+
+void arrange(Block& b) {
+    if (order == Order::kReverse) std::reverse(b.turns.begin(), b.turns.end());
+    if (order == Order::kShuffled) std::shuffle(b.turns.begin(), b.turns.end(), b.random);
+}
+
+[[noreturn]] void deadlock(const Block& b) {
+    std::map<std::string, int> waiting;
+    for (const Fiber& fiber : b.fibers) {
+        if (!fiber.done) ++waiting[fiber.waits_for];
+    }
+    std::string message = "emulator: a block cannot go on;";
+    for (const auto& [what, threads] : waiting) {
+        message += " " + std::to_string(threads) + " threads wait in " + what + ";";
+    }
+    throw std::runtime_error(message);
+}
+
+void run_block(Block& b) {
+    while (b.alive > 0) {
+        bool moved = false;
+        if (order == Order::kShuffled) arrange(b);
+        for (unsigned turn : b.turns) {
+            Fiber& fiber = b.fibers[turn];
+            if (fiber.done || (fiber.ready && !(*fiber.ready)())) continue;
+            moved = true;
+            fiber.ready = nullptr;
+            b.current = turn;
+            threadIdx = fiber.thread;
+            swapcontext(&b.scheduler, &fiber.context);
+            if (!b.failure.empty()) throw std::runtime_error(b.failure);
+        }
+        if (!b.pending.empty() && (!moved || b.random() % 4 == 0)) {
+            const size_t which = order == Order::kForward ? 0 : b.random() % b.pending.size();
+            std::function<void()> work = std::move(b.pending[which]);
+            b.pending.erase(b.pending.begin() + static_cast<std::ptrdiff_t>(which));
+            work();
+            moved = true;
+        }
+        if (!moved) deadlock(b);
+    }
+    while (!b.pending.empty()) {
+        b.pending.back()();
+        b.pending.pop_back();
+    }
+}
+
+}  // namespace
+
+void set_order(Order new_order, uint64_t new_seed) {
+    order = new_order;
+    seed = new_seed;
+}
+
+void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+    const unsigned size = threads.x * threads.y * threads.z;
+    if (size == 0 || size > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
+    if (shared_bytes > 227 << 10) throw std::runtime_error("emulator: a block has at most 227 KiB of shared memory");
+    Block b;
+    b.fibers.resize(size);
+    b.turns.resize(size);
+    b.random.seed(seed);
+    b.body = &body;
+    for (unsigned i = 0; i < size; ++i) {
+        b.fibers[i].stack.reset(new char[kStack]);
+        b.fibers[i].thread = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
+    }
+    Block* outer = block;
+    block = &b;
+    gridDim = grid;
+    blockDim = threads;
+    const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+    std::vector<uint64_t> sequence(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) sequence[i] = i;
+    if (order == Order::kReverse) std::reverse(sequence.begin(), sequence.end());
+    if (order == Order::kShuffled) std::shuffle(sequence.begin(), sequence.end(), b.random);
+    try {
+        for (uint64_t i : sequence) {
+            blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                        static_cast<unsigned>(i / grid.x / grid.y)};
+            b.alive = static_cast<int>(size);
+            b.shared.assign(shared_bytes + kAlignment, 0xFF);
+            b.meetings.clear();
+            for (Barrier& barrier : b.barriers) barrier = {};
+            for (unsigned t = 0; t < size; ++t) {
+                begin(b.fibers[t]);
+                b.turns[t] = t;
+            }
+            arrange(b);
+            run_block(b);
+        }
+    } catch (...) {
+        block = outer;
+        throw;
+    }
+    block = outer;
+}
+
+unsigned char* dynamic_shared() {
+    const auto address = reinterpret_cast<uintptr_t>(block->shared.data());
+    return block->shared.data() + (kAlignment - address % kAlignment) % kAlignment;
+}
+
+void wait_until(const std::function<bool()>& ready, const char* what) {
+    if (!ready()) pause(&ready, what);
+}
+
+void yield() { pause(nullptr, "yield"); }
+
+void barrier(int id, int threads) {
+    Barrier& b = block->barriers[id];
+    const uint64_t phase = b.phase;
+    ++b.arrived;
+    release(b, threads);
+    const std::function<bool()> passed = [&b, phase] { return b.phase != phase; };
+    wait_until(passed, "a barrier");
+}
+
+void barrier_arrive(int id, int threads) {
+    ++block->barriers[id].arrived;
+    release(block->barriers[id], threads);
+}
+
+Lanes exchange(uint32_t mask, uint64_t mine, const char* what) {
+    const uint32_t me = 1u << lane();
+    if (!(mask & me)) throw std::runtime_error(std::string("emulator: a lane outside the mask calls ") + what);
+    Meeting& meeting = block->meetings[{warp(), mask}];
+    const std::function<bool()> free = [&meeting, me] { return !(meeting.arrived & me); };
+    wait_until(free, what);
+    if (meeting.arrived == 0) meeting.what = what;
+    if (std::strcmp(meeting.what, what) != 0) {
+        throw std::runtime_error(std::string("emulator: lanes of one warp meet in ") + meeting.what + " and " + what);
+    }
+    meeting.arrived |= me;
+    meeting.lanes.value[lane()] = mine;
+    const std::function<bool()> complete = [&meeting, mask] { return (meeting.arrived & mask) == mask; };
+    wait_until(complete, what);
+    const Lanes out = meeting.lanes;
+    meeting.left |= me;
+    if (meeting.left == mask) meeting.arrived = meeting.left = 0;
+    return out;
+}
+
+unsigned lane() { return static_cast<unsigned>(block->current) % 32; }
+unsigned warp() { return static_cast<unsigned>(block->current) / 32; }
+
+void later(std::function<void()> work) { block->pending.push_back(std::move(work)); }
+
+}  // namespace microtome::simt
