@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -68,6 +69,11 @@ def cuda() -> ModuleType:
     if native is None:
         raise ImportError(_emulator()[1])
     return native
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside the block, launches and allocations go to the tensor's device."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def stream(tensor: Tensor) -> int:

@@ -142,7 +142,7 @@ def _cuda_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, T
     mean, m2 = (
         torch.empty(e, S, p, o, dtype=torch.float64, device=values.device) for _ in range(2)
     )
-    with torch.cuda.device_of(values):
+    with _native.device_of(values):
         _native.cuda().shapley_reduce(
             values.dtype == torch.float64, values.data_ptr(), places.data_ptr(), e, S, U, A, p, o,
             paired, mean.data_ptr(), m2.data_ptr(), _native.stream(values),
