@@ -73,7 +73,7 @@ def cuda() -> ModuleType:
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside the block, launches and allocations go to the tensor's device."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 def stream(tensor: Tensor) -> int:
