@@ -159,3 +159,46 @@ def test_segments_come_from_numbers_functions_and_names(monkeypatch: Any) -> Non
 def test_an_image_without_channels_is_an_error() -> None:
     with pytest.raises(ShapeError, match=r"x must be an image \[H, W, C\]"):
         explain_image(lambda a: a.sum((1, 2)), images()[0, :, :, 0])
+
+
+def test_a_text_is_drawn_highlighted_and_an_image_with_its_segments(tmp_path: Any) -> None:
+    from microtome.lime.plot import _as_values
+    from microtome.shapley.plots.written import text_html
+
+    words = explain_text(mood, TEXTS, num_samples=100, alpha=0.0, progress=False)
+    seen = _as_values(words, 1, 0)
+    assert seen.players.view["pieces"] == (("not", 0), (" ", -1), ("good", 1))
+    seen.check_additivity(1e-6)
+    assert "intercept 0.00  →  local model \u22121.00" in text_html(seen)
+    assert words.plot(tmp_path / "words.png", row=1).stat().st_size > 1000
+    assert words.plot(tmp_path / "bars.png", "bar", row=1).stat().st_size > 1000
+    parts = explain_image(lambda a: a[:, 0].mean((1, 2)), torch.rand(2, 3, 8, 8), segments=4)
+    assert parts.plot(tmp_path / "parts.png", row=1).stat().st_size > 1000
+    with pytest.raises(ArgumentError, match=r"players are image, not pieces of a text"):
+        parts.plot(tmp_path / "no.png", "text")
+    with pytest.raises(ArgumentError, match=r"plot: row must be between 0 and 1, got row=2"):
+        parts.plot(tmp_path / "no.png", row=2)
+
+
+def test_a_word_that_occurs_twice_is_highlighted_twice() -> None:
+    words = Words("a good, good film")
+    assert words.labelled()[2:5] == (("good", 1), (", ", -1), ("good", 1))
+
+
+def test_a_pipeline_of_texts_is_explained_with_all_its_labels() -> None:
+    class Pipeline:
+        task, tokenizer = "text-classification", None
+
+        class model:
+            class config:
+                id2label = {0: "bad", 1: "good"}  # noqa: RUF012
+
+        def __call__(self, texts: list[str], top_k: None, batch_size: int) -> list[Any]:
+            score = [0.9 if "good" in text else 0.2 for text in texts]
+            return [
+                [{"label": "good", "score": s}, {"label": "bad", "score": 1 - s}] for s in score
+            ]
+
+    found = explain_text(Pipeline(), "a good film", num_samples=50, alpha=0.0, progress=False)
+    assert found.coefficients.shape == (1, 3, 2)
+    np.testing.assert_allclose(found.coefficients[0, :, 1], [0, 0.7, 0], atol=1e-9)

@@ -21,6 +21,7 @@ from microtome.lime.segments import Curtain, hidden, segments_of
 from microtome.shapley import running
 from microtome.shapley.call import as_function
 from microtome.shapley.game import MEMORY
+from microtome.shapley.image import to_show
 
 
 def explain_image(
@@ -114,7 +115,9 @@ def explain_image(
     names = tuple(tuple(f"segment {j}" for j in range(int(cut.max()) + 1)) for cut in cuts)
     return finish(
         runs, prediction, model.scalar, names, kind="image", evaluations=model.evaluations,
-        view={"segments": torch.from_numpy(np.stack(cuts))},
+        view={
+            "segments": torch.from_numpy(np.stack(cuts)), "images": [to_show(a) for a in images],
+        },
     )  # fmt: skip
 
 

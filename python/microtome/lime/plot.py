@@ -1,4 +1,4 @@
-"""Bars of the largest coefficients of one explanation."""
+"""Pictures of one explanation: bars, a text highlighted, or segments over their image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from microtome import _check
 from microtome.errors import PackageError
+from microtome.shapley import plots
+from microtome.shapley.players import Players
 from microtome.shapley.plots.canvas import INK, as_is, boxes_for_letters, cut
+from microtome.shapley.result import ShapleyValues
 
 if TYPE_CHECKING:
     from microtome.lime.result import LimeExplanation
@@ -45,6 +51,47 @@ def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float], title: s
     axes.set_title(title, fontsize=10)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def draw(
+    explanation: LimeExplanation, path: str | Path, kind: str, *, row: int, output: int, limit: int
+) -> Path:
+    """Draw one row. Texts and images are drawn as Shapley values are."""
+    _check.one_of("plot", "kind", kind, ("auto", "bar", "text", "image"))
+    rows, outputs = len(explanation.names), explanation.coefficients[0, 0].numel()
+    _check.between("plot", "row", row, 0, rows - 1)
+    _check.between("plot", "output", output, 0, outputs - 1)
+    if kind == "auto":
+        kind = explanation.kind if explanation.kind in ("text", "image") else "bar"
+    if kind == "bar":
+        return bars(explanation, path, row=row, output=output, limit=limit)
+    seen = _as_values(explanation, row, output)
+    fidelity = float(explanation.fidelity.reshape(rows, -1)[row, output])
+    title = f"LIME, local model with R² {fidelity:.2f}"
+    return plots.draw(seen, path, kind, limit=limit, title=title)
+
+
+def _as_values(explanation: LimeExplanation, row: int, output: int) -> ShapleyValues:
+    """The local model of a row: from its intercept, by its coefficients, to its prediction.
+
+    Where every feature is on or off and the explicand has all of them on, the sum is exact.
+    """
+    view = {name: values[row] for name, values in explanation.view.items()}
+    names = explanation.names[row]
+    if explanation.kind == "text":
+        view = {"pieces": view["pieces"]}
+    elif explanation.kind == "image":
+        view = {"image": view["images"], "segments": view["segments"].numpy()}
+    view["ends"] = ("intercept", "local model")
+    one = lambda a: a.reshape(len(explanation.names), -1)[row, output].reshape(1)  # noqa: E731
+    coefficients = explanation.coefficients
+    values = (coefficients if coefficients.dim() == 2 else coefficients[:, :, output])[row]
+    values = values[: len(names)].reshape(1, -1)
+    return ShapleyValues(
+        values, torch.zeros_like(values), one(explanation.intercept),
+        one(explanation.local_prediction), Players(names, explanation.kind, None, view), "lime",
+        "", explanation.evaluations, exact=True,
+    )  # fmt: skip
 
 
 def bars(

@@ -52,7 +52,8 @@ class LimeExplanation:
         fidelity: [e] or [e, o], the weighted R^2 on the samples: 1 if the linear model repeats f.
         names: for each explicand the names of its features.
         kind: "table", "text" or "image".
-        view: what a plot needs besides: texts, or segments [e, H, W].
+        view: what a plot needs besides: texts and their pieces (letters, feature or -1); or images
+            [H, W, 1 or 3] in [0, 1] and segments [e, H, W].
         evaluations: rows f was called with.
         note: what else to know, or an empty string.
         stability: over seeds, if repeats were asked for.
@@ -100,15 +101,27 @@ class LimeExplanation:
             "stability": self.stability and self.stability.to_dict(),
         }
 
-    def plot(self, path: str | Path, *, row: int = 0, output: int = 0, limit: int = 10) -> Path:
-        """Draw the largest coefficients of a row as bars; the path's ending says the format.
+    def plot(
+        self, path: str | Path, kind: str = "auto", *, row: int = 0, output: int = 0,
+        limit: int = 10,
+    ) -> Path:  # fmt: skip
+        """Draw the largest coefficients of a row.
+
+        Args:
+            path: where to write the picture; its ending says the format.
+            kind: "bar", "text" (the words highlighted), "image" (the segments over the image) or
+                "auto": what suits the features.
+            row: which explicand.
+            output: which output.
+            limit: the most features drawn.
 
         Raises:
+            ArgumentError: an unknown kind, or one that does not suit the features.
             PackageError: matplotlib is not installed.
         """
-        from microtome.lime.plot import bars
+        from microtome.lime.plot import draw
 
-        return bars(self, path, row=row, output=output, limit=limit)
+        return draw(self, path, kind, row=row, output=output, limit=limit)
 
     def __repr__(self) -> str:
         e, p = self.coefficients.shape[:2]

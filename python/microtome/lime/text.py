@@ -19,7 +19,7 @@ from microtome.lime.result import LimeExplanation, finish
 from microtome.lime.ridge import Fit
 from microtome.lime.words import Split, Words
 from microtome.shapley import running
-from microtome.shapley.call import as_function
+from microtome.shapley.call import of_texts
 
 
 def explain_text(
@@ -50,7 +50,8 @@ def explain_text(
     text are evaluated once.
 
     Args:
-        f: a function from a list of strings to numbers [R] or [R, o], or a scikit-learn pipeline.
+        f: a function from a list of strings to numbers [R] or [R, o], a scikit-learn pipeline, or a
+            Hugging Face text-classification pipeline (its labels become named outputs).
         x: a text, or several.
         split: a regular expression of what separates words, or a function from a text to tokens.
         together: all occurrences of a word are one feature, which is removed; else each occurrence
@@ -99,7 +100,7 @@ def explain_text(
     if not cut:
         msg = f"{op}: x holds no texts."
         raise ArgumentError(msg)
-    function, _ = as_function(op, f)
+    function, labels = of_texts(op, f, batch)
     model = Model(op, function, outputs, batch)
     prediction = model.explicands(lambda a, b: texts[a:b], len(texts), check)
     runs: list[Fit] = []
@@ -116,7 +117,10 @@ def explain_text(
     names = tuple(tuple(words.words) for words in cut)
     return finish(
         runs, prediction, model.scalar, names, kind="text", evaluations=model.evaluations,
-        view={"texts": tuple(texts)},
+        view={
+            "texts": tuple(texts), "pieces": tuple(words.labelled() for words in cut),
+            "outputs": (labels,) * len(cut),
+        },
     )  # fmt: skip
 
 

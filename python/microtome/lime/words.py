@@ -73,6 +73,11 @@ class Words:
             self.words.append(piece)
             self.positions.append([at])
 
+    def labelled(self) -> tuple[tuple[str, int], ...]:
+        """The pieces in order, each with the number of its feature, -1 for a separator."""
+        feature = {at: j for j, places in enumerate(self.positions) for at in places}
+        return tuple((piece, feature.get(at, -1)) for at, piece in enumerate(self.pieces))
+
     def without(self, off: Sequence[int] | np.ndarray) -> str:
         """The text with these features switched off."""
         gone = set(chain.from_iterable(self.positions[j] for j in off))

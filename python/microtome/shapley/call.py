@@ -122,6 +122,39 @@ def as_function(op: str, f: Any) -> tuple[Callable[[Any], Any], str]:
     return f, "torch" if isinstance(owner, nn.Module) else "same"
 
 
+def is_pipeline(f: Any) -> bool:
+    """Whether this is a Hugging Face pipeline over texts."""
+    return hasattr(f, "task") and hasattr(f, "model") and hasattr(f, "tokenizer")
+
+
+def of_texts(op: str, f: Any, batch: int) -> tuple[Callable[[list[str]], Any], tuple[str, ...]]:
+    """f as a function of list[str], and the names of its outputs if it knows them.
+
+    Raises:
+        ArgumentError: a pipeline of another task; nothing that can be called.
+    """
+    if not is_pipeline(f):
+        function, _ = as_function(op, f)
+        named = getattr(f, "classes_", ()) if hasattr(f, "predict_proba") else ()
+        return function, tuple(map(str, named))
+    if f.task not in ("", "text-classification", "sentiment-analysis"):
+        msg = (
+            f"{op}: a pipeline must be one for text-classification, got one for {f.task!r}. Wrap "
+            "it in a function from a list of texts to numbers."
+        )
+        raise ArgumentError(msg)
+    named = f.model.config.id2label
+    labels = tuple(str(named[i]) for i in sorted(named))
+    size = batch if getattr(f.tokenizer, "pad_token_id", None) is not None else 1
+
+    def scores(texts: list[str]) -> list[list[float]]:
+        found = f(texts, top_k=None, batch_size=size)
+        by_label = [{one["label"]: one["score"] for one in row} for row in found]
+        return [[row[label] for label in labels] for row in by_label]
+
+    return scores, labels
+
+
 def parameter_of(f: Any) -> Tensor | None:
     """The first floating parameter of a torch module, or of the module that a method belongs to."""
     owner = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)

@@ -90,7 +90,7 @@ def image_game(
         b: Any = back.to(image.dtype)
     else:
         x, b = raw[None], back.numpy().astype(raw.dtype)
-    view = {"image": _seen(array), "segments": numbered}
+    view = {"image": to_show(array), "segments": numbered}
     players = Players(tuple(f"segment {j}" for j in names.tolist()), "image", None, view)
     game = InputGame(f, x, b, groups=(players, player), memory=memory, check=check, op=op)
     game.rows_per_round = _ROUND
@@ -166,12 +166,12 @@ def _slic(op: str, array: np.ndarray, count: int, *, demanded: bool) -> np.ndarr
             return None
         msg = f"{op}: segments='slic' needs scikit-image. Install it, or pass segments='grid'."
         raise PackageError(msg) from error
-    seen = _seen(array)
+    seen = to_show(array)
     colours = seen if seen.shape[2] == 3 else seen[:, :, :1]
     return slic(colours, n_segments=count, compactness=10.0, start_label=0, channel_axis=-1)
 
 
-def _seen(array: np.ndarray) -> np.ndarray:
+def to_show(array: np.ndarray) -> np.ndarray:
     """[h, w, 1 or 3] float64 in [0, 1], to be shown: scaled if it was not so before."""
     out = array[:, :, : 3 if array.shape[2] >= 3 else 1].astype(np.float64)
     if array.dtype == np.uint8:

@@ -22,8 +22,10 @@ class Players:
         names: one for each player.
         kind: "columns", "text", "image", "series" or "parts": how plots show them.
         shown: [e, p] values to print beside the names, a tensor or an array of objects, or None.
-        view: what the kind's plot needs besides: "text" and "spans"; "image" and "segments";
-            "series" and "bounds"; and "outputs", the names of the outputs, where they are known.
+        view: what the kind's plot needs besides: "text" and "spans", or "pieces", the whole text
+            as (letters, player or -1); "image" and "segments"; "series" and "bounds"; and
+            "outputs", the names of the outputs, where they are known; "ends", what a picture
+            calls the base and the full value, if not "base" and "f(x)".
     """
 
     names: tuple[str, ...]

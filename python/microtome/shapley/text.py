@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
-from microtome.shapley.call import as_function
+from microtome.shapley.call import is_pipeline, of_texts
 from microtome.shapley.game import Game, SetGame
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.permutation import permutation
@@ -88,7 +88,7 @@ def text_game(
         raise ArgumentError(msg)
     if takes == "auto":
         takes = "ids" if isinstance(f, nn.Module) else "text"
-    if tokenizer is None and _is_pipeline(f):
+    if tokenizer is None and is_pipeline(f):
         tokenizer = f.tokenizer
     if tokenizer is None and (unit == "token" or takes == "ids"):
         what = "unit='token'" if unit == "token" else "a model that takes token ids"
@@ -160,10 +160,6 @@ def explain_text(
     return results
 
 
-def _is_pipeline(f: Any) -> bool:
-    return hasattr(f, "task") and hasattr(f, "model") and hasattr(f, "tokenizer")
-
-
 def _string_game(
     op: str,
     f: Any,
@@ -187,7 +183,7 @@ def _string_game(
         mask = "" if tokenizer is None else _mask_token(tokenizer) or "..."
     batch = batch or _TEXTS
     rebuild = Rebuild(text, pieces.spans, mask)
-    function, labels = _of_texts(op, f, batch)
+    function, labels = of_texts(op, f, batch)
     players = _players(text, pieces, labels)
     game = SetGame(
         lambda inside: function(rebuild(inside)), players, per_call=batch, check=check,
@@ -195,30 +191,6 @@ def _string_game(
     )  # fmt: skip
     game.rows_per_round = _ROUND
     return game
-
-
-def _of_texts(op: str, f: Any, batch: int) -> tuple[Callable[[list[str]], Any], tuple[str, ...]]:
-    """f as a function of list[str], and the names of its outputs if it knows them."""
-    if not _is_pipeline(f):
-        function, _ = as_function(op, f)
-        named = getattr(f, "classes_", ()) if hasattr(f, "predict_proba") else ()
-        return function, tuple(map(str, named))
-    if f.task not in ("", "text-classification", "sentiment-analysis"):
-        msg = (
-            f"{op}: a pipeline must be one for text-classification, got one for {f.task!r}. Wrap "
-            "it in a function from a list of texts to numbers."
-        )
-        raise ArgumentError(msg)
-    named = f.model.config.id2label
-    labels = tuple(str(named[i]) for i in sorted(named))
-    size = batch if getattr(f.tokenizer, "pad_token_id", None) is not None else 1
-
-    def scores(texts: list[str]) -> list[list[float]]:
-        found = f(texts, top_k=None, batch_size=size)
-        by_label = [{one["label"]: one["score"] for one in row} for row in found]
-        return [[row[label] for label in labels] for row in by_label]
-
-    return scores, labels
 
 
 def _id_game(

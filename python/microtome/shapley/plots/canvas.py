@@ -39,6 +39,7 @@ class Chosen:
         names: p names.
         output: the output's name, or "".
         exact: whether there are no standard errors to draw.
+        called: what base and full are.
     """
 
     values: np.ndarray
@@ -49,6 +50,7 @@ class Chosen:
     names: tuple[str, ...]
     output: str
     exact: bool
+    called: tuple[str, str]
 
 
 def choose(op: str, result: Any, row: int | None, output: int | str | None) -> Chosen:
@@ -60,6 +62,7 @@ def choose(op: str, result: Any, row: int | None, output: int | str | None) -> C
     values, stderr = array(result.values), array(result.stderr)
     base, full = array(result.base_values), array(result.full_values)
     named = tuple(result.players.view.get("outputs", ()))
+    called = result.players.view.get("ends", ("base", "f(x)"))
     title = ""
     if values.ndim == 3:
         count = values.shape[2]
@@ -87,7 +90,7 @@ def choose(op: str, result: Any, row: int | None, output: int | str | None) -> C
         if np.isnan(values).any():
             msg = f"{op}: row {row} has no values; the sampling ended before it was begun."
             raise ArgumentError(msg)
-    return Chosen(values, stderr, base, full, shown, result.names, title, exact)
+    return Chosen(values, stderr, base, full, shown, result.names, title, exact, called)
 
 
 def array(a: Any) -> np.ndarray:
@@ -166,7 +169,8 @@ def ends(chosen: Chosen) -> str:
     """Where the values lead from and to, in words."""
     write = alike([chosen.base, chosen.full])
     base, full = (write(value).lstrip("+") for value in (chosen.base, chosen.full))
-    return (f"{chosen.output}:  " if chosen.output else "") + f"base {base}  →  f(x) {full}"
+    first, last = chosen.called
+    return (f"{chosen.output}:  " if chosen.output else "") + f"{first} {base}  →  {last} {full}"
 
 
 def halo() -> list[Any]:

@@ -132,6 +132,8 @@ def _pieces(op: str, result: Any) -> list[tuple[str, int]]:
             "or 'waterfall'."
         )
         raise ArgumentError(msg)
+    if "pieces" in view:
+        return list(view["pieces"])
     whole, spans = view.get("text", ""), view.get("spans")
     if spans is None:  # a tokenizer that tells no places: its tokens, one after another
         return [part for j, name in enumerate(names) for part in ((name, j), (" ", -1))]
