@@ -183,10 +183,15 @@ def test_students_quantile_is_near_the_table() -> None:
     assert torch.allclose(got, torch.tensor([2.3646, 2.0423, 1.9623]).double(), atol=2e-3)
 
 
+def test_of_fewer_players_than_k_all_are_wanted() -> None:
+    game = SetGame(lambda inside: inside.float() @ torch.arange(4.0), 4)
+    assert torch.equal(adaptive(game).values, adaptive(game, k=4).values)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 9}, "adaptive: k must be between 1 and 4, got k=9"),
+        ({"k": 0}, "adaptive: k must be between 1 and"),
         ({"by": "size"}, "adaptive: by must be one of"),
         ({"confidence": 1.0}, "adaptive: confidence must lie between 0 and 1, got confidence=1.0."),
         ({"truncation": 1.5}, r"adaptive: truncation must lie in \[0, 1\), got truncation=1.5."),

@@ -111,6 +111,16 @@ def test_own_coalitions_of_background_rows_beat_shared_ones(smooth):
     assert error(False) < error(True)
 
 
+def test_a_coalition_that_the_fit_meets_exactly_still_has_an_error(smooth):
+    f, x, background = smooth
+    truth = exact(f, x, background[:1]).values
+    found = [kernel(f, x, background[:1], n_coalitions=30, seed=seed) for seed in range(40)]
+    variance = torch.stack([one.stderr for one in found]).square()
+    squared = torch.stack([one.values - truth for one in found]).square()
+    assert float(variance.min()) > 1e-6 * float(variance.mean())
+    assert 0.6 < float(variance.mean() / squared.mean()) < 1.5
+
+
 def test_too_few_coalitions_are_told_how_many_it_takes(smooth):
     with pytest.raises(ArgumentError, match="n_coalitions must be at least 24 for p=12 players in"):
         kernel(*smooth, n_coalitions=23)

@@ -102,13 +102,17 @@ def test_results_can_be_looked_up_laid_out_and_written(smooth):
         found["a", "z"]
 
 
+def test_fewer_players_than_the_order_have_smaller_sets():
+    for p in (1, 2):
+        found = interactions(SetGame(lambda z: z.sum(1), p), order=3)
+        assert max(map(len, found.sets)) == p
+
+
 def test_budgets_and_options_that_do_not_fit_are_told(smooth):
     with pytest.raises(ArgumentError, match="index must be one of 'k-SII', 'SII', 'STII', 'FSII'"):
         interactions(*smooth, index="BII")
     with pytest.raises(ArgumentError, match="order must be between 1 and 5, got order=6"):
         interactions(*smooth, order=6)
-    with pytest.raises(ArgumentError, match="order must be between 1 and p=2, got order=3"):
-        interactions(SetGame(lambda z: z.sum(1), 2), order=3)
     with pytest.raises(ArgumentError, match="FSII of order 2 takes at least 80 coalitions for p"):
         interactions(*smooth, index="FSII", n_coalitions=60)
     with pytest.raises(ArgumentError, match=r"take a matrix of .* GB. Lower the order, group"):

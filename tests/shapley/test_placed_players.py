@@ -255,3 +255,9 @@ def test_the_mean_of_a_series_of_whole_numbers_is_not_rounded(kind):
         found = permutation(series_game(lambda a: a.sum(1), x, background=background))
         assert found.values.tolist() == [[-0.75, 0.25, 0.25, 0.25]]
     series_game(lambda a: a.sum(1) * (1 if "int" in str(a.dtype) else torch.nan), x, background=0)
+
+
+def test_fractions_are_no_background_of_an_image_of_whole_numbers():
+    image = np.full((8, 8, 1), 200, dtype=np.uint8)
+    with pytest.raises(ArgumentError, match=r"background holds fractions, and the image is uint8"):
+        image_game(lambda a: a.mean((1, 2, 3)), image, segments=4, background=0.5)

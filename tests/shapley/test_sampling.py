@@ -242,7 +242,17 @@ def test_groups_of_columns_play_as_one(estimate, smooth):
     assert found.values.shape == (3, 3, 2)
     numbered = estimate(f, x, background, groups=[0] * 4 + [1] * 2 + [2] * 6)
     assert torch.equal(found.values, numbered.values)
+    named = estimate(f, x, background, groups=["a"] * 4 + ["b"] * 2 + ["c"] * 6)
+    assert named.names == found.names
+    assert torch.equal(found.values, named.values)
     found.check_additivity()
+
+
+def test_groups_that_name_no_column_are_told(smooth):
+    with pytest.raises(ArgumentError, match=r"group 'a' names column 1.5; the columns are x0"):
+        permutation(*smooth, groups={"a": [1.5]})
+    with pytest.raises(ArgumentError, match=r"must name the group of each of the m=12 columns"):
+        permutation(*smooth, groups=["a", "b"])
 
 
 @pytest.mark.parametrize("estimate", [permutation, kernel, exact])

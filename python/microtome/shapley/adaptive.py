@@ -57,7 +57,8 @@ def adaptive(
         f: a game, or a function as in `permutation`.
         x: as in `permutation`.
         background: likewise; each walk draws one of its rows.
-        k: how many; None samples all players alike, which leaves truncation alone.
+        k: how many, all where there are fewer; None samples all players alike, which leaves
+            truncation alone.
         by: "magnitude" or "value": largest in what sense.
         confidence: that all players are on the right side of the k-th place, when it says so; by
             Student intervals of all players and all looks at once (Bonferroni).
@@ -104,7 +105,8 @@ def adaptive(
     _check.one_of(op, "by", by, ("magnitude", "value"))
     _check.one_of(op, "side", side, ("full", "empty"))
     if k is not None:
-        _check.between(op, "k", k, 1, p)
+        _check.between(op, "k", k, 1, 1 << 31)
+        k = min(k, p)
     for name, value, low in (
         ("confidence", confidence, 0.0), ("finish_rate", finish_rate, -1e-300),
     ):  # fmt: skip

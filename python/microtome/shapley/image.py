@@ -203,6 +203,12 @@ def _background(
     back = background.detach().cpu() if isinstance(background, Tensor) else np.asarray(background)
     if isinstance(back, Tensor):
         back = (back.float() if back.dtype == torch.bfloat16 else back).numpy()
+    if whole and back.dtype.kind == "f" and bool((back != np.rint(back)).any()):
+        msg = (
+            f"{op}: background holds fractions, and the image is {array.dtype}. Give whole numbers "
+            "in the image's range, or the image as floats (image / 255)."
+        )
+        raise ArgumentError(msg)
     like = tuple(image.shape) if isinstance(image, Tensor) else np.asarray(image).shape
     if back.ndim == 0 or back.shape == (c,):
         return np.broadcast_to(back, array.shape)[None].astype(array.dtype)

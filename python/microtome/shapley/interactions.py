@@ -69,7 +69,7 @@ def interactions(
         background: [n, m] rows that absent players are drawn from; values are means over them.
         index: "k-SII" (sums to f(x) - mean f(b)), "SII" (its single players are the Shapley
             values), "STII" or "FSII".
-        order: size of the largest sets, 1 to 5.
+        order: size of the largest sets, 1 to 5; p where there are fewer players.
         n_coalitions: coalitions sampled; by default 4 for each set of the fit, at least 2048.
         groups: players that are groups of columns, as in `permutation`.
         max_evaluations: most model rows for each explicand; 131,072 by default where that is
@@ -102,7 +102,8 @@ def interactions(
     _check.one_of(op, "index", index, INDICES)
     game = as_game(op, f, x, background, groups=groups, memory=memory, check=check)
     p = len(game.players)
-    _check.between(op, "order", order, 1, min(p, _ORDERS), "p" if p < _ORDERS else "")
+    _check.between(op, "order", order, 1, _ORDERS)
+    order = min(order, p)
     linked = link_of(op, link)
     if _terms(p, order) * p > _NUMBERS:
         msg = (

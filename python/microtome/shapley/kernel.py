@@ -84,8 +84,8 @@ def kernel(
     Returns:
         ShapleyValues, [e, p] or [e, p, o]; sums match f(x) - mean f(b). Standard errors are the
         sandwich estimate for a stratified sample without replacement (regression.py); they do not
-        cover the bias of the fit, which falls faster than they do. NaN where the fit has no degree
-        of freedom left.
+        cover the bias of the fit, which falls faster than they do. With few coalitions beyond 2 p
+        they come from few degrees of freedom: read them with Student's t. NaN where none is left.
 
     Raises:
         ArgumentError: too small a budget, an unknown option, a function that is not deterministic.

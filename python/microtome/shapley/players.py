@@ -48,8 +48,8 @@ def column_players(
         op: name for messages.
         columns: the names of the m columns.
         groups: None for every column by itself; a mapping from a group's name to its columns (by
-            name or number); or [m] integers, the group of each column. A column that no group
-            holds keeps the explicand's value; so does one with the number -1.
+            name or number); or the group of each column, [m] integers or [m] names. A column that
+            no group holds keeps the explicand's value; so does one with the number -1.
 
     Returns:
         The players, and [m] int32 with each column's player, or None for the identity.
@@ -62,6 +62,17 @@ def column_players(
         return Players(tuple(columns)), None
     if isinstance(groups, Mapping):
         return _named(op, columns, groups)
+    if len(groups) == m and m and all(isinstance(name, str) for name in groups):
+        held: dict[str, list[int | str]] = {}
+        for c, name in enumerate(groups):
+            held.setdefault(str(name), []).append(c)
+        return _named(op, columns, held)
+    if not isinstance(groups, Tensor) and any(isinstance(name, str) for name in groups):
+        msg = (
+            f"{op}: groups must name the group of each of the m={m} columns, or be a mapping from "
+            f"a group's name to its columns, got {list(groups)!r}."
+        )
+        raise ArgumentError(msg)
     numbers = torch.as_tensor(groups)
     if numbers.shape != (m,) or numbers.dtype.is_floating_point:
         msg = (
@@ -84,10 +95,11 @@ def _named(
     for j, (name, held) in enumerate(groups.items()):
         for column in held:
             c = at.get(column, -1) if isinstance(column, str) else column
-            if not 0 <= c < len(columns):
+            if c != c or int(c) != c or not 0 <= c < len(columns):
                 known = ", ".join(columns[:8]) + (" ..." if len(columns) > 8 else "")
                 msg = f"{op}: group {name!r} names column {column!r}; the columns are {known}."
                 raise ArgumentError(msg)
+            c = int(c)
             if player[c] >= 0:
                 msg = f"{op}: column {columns[c]!r} lies in two groups, one of them {name!r}."
                 raise ArgumentError(msg)

@@ -20,7 +20,7 @@ from microtome.shapley.subsets import Drawn, Plan
 
 _RIDGE = 1e-8  # of the Gram matrix's scale: what a direction must weigh to be determined
 _WIDTH = 8  # columns multiplied at a time, always, so that no column depends on how many there are
-_LEAST = 0.05  # of a unit's residual that is taken to be left after the fit
+_LEAST = 0.05  # degrees of freedom taken to be left, of units none of which has one
 
 
 class Regression:
@@ -49,12 +49,10 @@ class Regression:
             full = gram + scale / p
             factor = _factor(full, scale)
             self.g = torch.cholesky_solve((self.x * weights[:, None]).mT, factor)  # [C, p, U]
-            leverage = (self.x * self.g.mT).sum(2)
-        # Residuals shrink by the fit; without replacement, what is known of a stratum has no error.
-        self.spread = rest / (1 - leverage).clamp(min=_LEAST)  # [C, U]
+            self.leverage = (self.x * self.g.mT).sum(2).clamp(0, 1)  # [C, U]
+        # Without replacement, what is known of a stratum has no error.
+        self.rest = torch.zeros_like(rest) if plan.complete else rest
         self.free = U - (p - 1)
-        if plan.complete:
-            self.spread.zero_()
 
     def fit(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients summing to zero, and their variances: both summed over the C rows.
@@ -75,13 +73,24 @@ class Regression:
             for part in padded.split(_WIDTH, 2):
                 beta = self.g @ part
                 beta = beta - beta.mean(1, keepdim=True)
-                residual = (part - self.x @ beta).square_().mul_(self.spread[:, :, None])
+                squared = self._unshrunk((part - self.x @ beta).square_())
                 betas.append(beta.sum(0))
-                variances.append((squares @ residual).sum(0))
+                variances.append((squares @ squared).sum(0))
         variance = torch.cat(variances, 1)[:, :c]
-        if self.free < 1 and bool((self.spread > 0).any()):
+        if self.free < 1 and bool((self.rest > 0).any()):
             variance = torch.full_like(variance, torch.nan)
         return torch.cat(betas, 1)[:, :c], variance
+
+    def _unshrunk(self, squared: Tensor) -> Tensor:
+        """Expected squares of the units' errors, from squares of their residuals, [C, U, c].
+
+        The fit takes a share, the leverage, of a unit's error out of its residual. That share of
+        the mean error is put back. (Dividing by what is left, the textbook's way, leaves nothing of
+        a unit that is fitted exactly.)
+        """
+        left = (1 - self.leverage).sum(1)[:, None, None]
+        mean = squared.sum(1, keepdim=True) / left.clamp(min=_LEAST)
+        return (squared + self.leverage[:, :, None] * mean) * self.rest[:, None]
 
 
 def _factor(full: Tensor, scale: Tensor) -> Tensor:
