@@ -6,6 +6,7 @@ from microtome.ops.cascade_attention import cascade_attention, swap_key_attentio
 from microtome.ops.coalition_gram import coalition_gram
 from microtome.ops.coalition_inputs import coalition_inputs
 from microtome.ops.delta_linear import delta_linear
+from microtome.ops.feature_clamp import feature_clamp
 from microtome.ops.mlp_shapley import (
     ELU,
     GELU,
@@ -26,6 +27,7 @@ from microtome.ops.sae_loss import sae_loss
 from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
 from microtome.ops.shapley_reduce import shapley_reduce
+from microtome.ops.solu import solu
 from microtome.ops.sparse_decode import sparse_decode
 from microtome.ops.topk_encode import topk_encode
 
@@ -52,6 +54,7 @@ __all__ = [
     "coalition_gram",
     "coalition_inputs",
     "delta_linear",
+    "feature_clamp",
     "info",
     "mlp_shapley",
     "moments_for",
@@ -62,6 +65,7 @@ __all__ = [
     "sae_update",
     "screen_weights",
     "shapley_reduce",
+    "solu",
     "sparse_decode",
     "swap_key_attention",
     "topk_encode",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.errors import ShapeError
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, triton_backend, why_not_common
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -108,5 +108,8 @@ def _why_not_cpu(source: Tensor, base: Tensor, grad: Tensor, units: int) -> str 
 _scores = Op(
     attribution_scores_reference,
     fake=_fake,
-    backends=[Backend("cpu", f"{__name__}:_cpu_scores", _why_not_cpu)],
+    backends=[
+        triton_backend("microtome.kernels.attribution_scores:launch", *_FLOATS, torch.float16),
+        Backend("cpu", f"{__name__}:_cpu_scores", _why_not_cpu),
+    ],
 )
