@@ -70,7 +70,7 @@ def attention() -> dict[str, Case]:
         out[f"cascade_attention.{dh}x{pairs}"] = Case(
             cascade_attention._cascade_attention_kernel,
             {"BASE": True, "SOFTCAP": softcap, **tile}, pointers,
-            {"num_warps": warps, **cascade_attention.OPTIONS}, sizes, **exact,
+            cascade_attention.options(tile["BV"], warps), sizes, **exact,
         )  # fmt: skip
         tile, warps = cascade_attention.swap_geometry(dh, dh, False)
         out[f"swap_key_attention.{dh}"] = Case(
