@@ -254,6 +254,15 @@ def geometry(pairs: float, dh: int, dv: int, interpreted: bool) -> tuple[dict[st
     return {"BM": BM, "BN": BN, "BK": BK, "BV": BV}, 8 if BM == 64 or BV > 128 else 4
 
 
+def options(BV: int, warps: int) -> dict[str, int | bool]:
+    """Compile options of `cascade_attention`.
+
+    The cap on registers leaves room for three programs of 4 warps on a processor. With none named,
+    Triton 3.6's assembler keeps to 128 or fewer, for one program more, and spills.
+    """
+    return {"num_warps": warps, "maxnreg": 168 if BV <= 64 else 255, **OPTIONS}
+
+
 def swap_geometry(dh: int, dv: int, interpreted: bool) -> tuple[dict[str, int], int]:
     """Tile of `swap_key_attention` and warps, chosen likewise."""
     BV, BK = padded(dv), padded(dh)
@@ -296,7 +305,7 @@ def launch(
             q_positions.int().contiguous(), first.int().contiguous(), z, lse,
             q.stride(0), k.stride(0), v.stride(0), *k_base.stride()[:2], *v_base.stride()[:2],
             n, t, h, group, dh, dv, window, scale, softcap, BASE=k_base.shape[0] > 0,
-            SOFTCAP=softcap > 0, **tile, num_warps=warps, **OPTIONS,
+            SOFTCAP=softcap > 0, **tile, **options(tile["BV"], warps),
         )  # fmt: skip
     return z, lse
 
