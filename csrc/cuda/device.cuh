@@ -11,9 +11,17 @@
 #define MICROTOME_DYNAMIC_SHARED(T, name)                           \
     extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     T* const name = reinterpret_cast<T*>(shared_bytes)
+#define MICROTOME_SHARED(T, name, count) __shared__ T name[count]
 #else
 #include "emulator/simt.h"
 #define MICROTOME_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(::microtome::simt::dynamic_shared())
+#define MICROTOME_SHARED(T, name, count)                             \
+    T* const name = static_cast<T*>(::microtome::simt::shared_array( \
+        [] {                                                         \
+            static char key;                                         \
+            return &key;                                             \
+        }(),                                                         \
+        sizeof(T) * (count)))
 #endif
 
 namespace microtome::cuda {

@@ -1,7 +1,5 @@
 #include "emulator/simt.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -10,18 +8,22 @@
 #include <string>
 #include <vector>
 
+#include "emulator/fiber.h"
+
 thread_local uint3 threadIdx, blockIdx;
 thread_local dim3 blockDim, gridDim;
 
 namespace microtome::simt {
 namespace {
 
-constexpr size_t kStack = 128 << 10, kBarriers = 16, kAlignment = 1024;
+constexpr size_t kBarriers = 16, kAlignment = 1024;
+constexpr const char* kNames[kBarriers] = {
+    "__syncthreads", "barrier 1", "barrier 2",  "barrier 3",  "barrier 4",  "barrier 5",  "barrier 6",  "barrier 7",
+    "barrier 8",     "barrier 9", "barrier 10", "barrier 11", "barrier 12", "barrier 13", "barrier 14", "barrier 15"};
 
-struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    uint3 thread;
+struct Thread {
+    Fiber* fiber = nullptr;
+    uint3 at;
     const std::function<bool()>* ready = nullptr;  // null: it can run
     const char* waits_for = "";
     bool done = false;
@@ -39,16 +41,21 @@ struct Meeting {
     Lanes lanes{};
 };
 
+struct Warp {
+    Meeting whole;                         // of all 32 lanes
+    std::map<uint32_t, Meeting> meetings;  // by mask
+};
+
 struct Block {
-    std::vector<Fiber> fibers;
+    std::vector<Thread> threads;
     std::vector<unsigned> turns;  // the order in which threads get their turn
     size_t current = 0;
     int alive = 0;
     Barrier barriers[kBarriers];
-    std::map<std::pair<unsigned, uint32_t>, Meeting> meetings;  // by warp and mask
+    std::vector<Warp> warps;
     std::vector<std::function<void()>> pending;
     std::vector<unsigned char> shared;
-    ucontext_t scheduler;
+    std::map<const void*, std::vector<unsigned char>> arrays;  // shared ones, by what names them
     const std::function<void()>* body = nullptr;
     std::string failure;
     std::mt19937_64 random;
@@ -58,13 +65,20 @@ thread_local Block* block = nullptr;
 thread_local Order order = Order::kForward;
 thread_local uint64_t seed = 0;
 
-Fiber& self() { return block->fibers[block->current]; }
+// Stacks live on between launches.
+Fiber& stack_of(size_t thread) {
+    thread_local std::vector<std::unique_ptr<Fiber>> stacks;
+    while (stacks.size() <= thread) stacks.push_back(std::make_unique<Fiber>());
+    return *stacks[thread];
+}
+
+Thread& self() { return block->threads[block->current]; }
 
 void pause(const std::function<bool()>* ready, const char* what) {
-    Fiber& fiber = self();
-    fiber.ready = ready;
-    fiber.waits_for = what;
-    swapcontext(&fiber.context, &block->scheduler);
+    Thread& thread = self();
+    thread.ready = ready;
+    thread.waits_for = what;
+    thread.fiber->suspend();
 }
 
 // Threads that returned no longer count, so what all the others wait for may have come.
@@ -76,27 +90,17 @@ void release(Barrier& barrier, int threads) {
 }
 
 void enter() {
-    Fiber& fiber = self();
+    Thread& thread = self();
+    thread.fiber->arrive();
     try {
         (*block->body)();
     } catch (const std::exception& error) {
         block->failure = error.what();
     }
-    fiber.done = true;
+    thread.done = true;
     --block->alive;
     release(block->barriers[0], 0);
-    swapcontext(&fiber.context, &block->scheduler);
-}
-
-// Ready to enter the kernel from its start.
-void begin(Fiber& fiber) {
-    fiber.done = false;
-    fiber.ready = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    thread.fiber->suspend(true);
 }
 
 void arrange(Block& b) {
@@ -106,8 +110,8 @@ void arrange(Block& b) {
 
 [[noreturn]] void deadlock(const Block& b) {
     std::map<std::string, int> waiting;
-    for (const Fiber& fiber : b.fibers) {
-        if (!fiber.done) ++waiting[fiber.waits_for];
+    for (const Thread& thread : b.threads) {
+        if (!thread.done) ++waiting[thread.waits_for];
     }
     std::string message = "emulator: a block cannot go on;";
     for (const auto& [what, threads] : waiting) {
@@ -121,13 +125,13 @@ void run_block(Block& b) {
         bool moved = false;
         if (order == Order::kShuffled) arrange(b);
         for (unsigned turn : b.turns) {
-            Fiber& fiber = b.fibers[turn];
-            if (fiber.done || (fiber.ready && !(*fiber.ready)())) continue;
+            Thread& thread = b.threads[turn];
+            if (thread.done || (thread.ready && !(*thread.ready)())) continue;
             moved = true;
-            fiber.ready = nullptr;
+            thread.ready = nullptr;
             b.current = turn;
-            threadIdx = fiber.thread;
-            swapcontext(&b.scheduler, &fiber.context);
+            threadIdx = thread.at;
+            thread.fiber->resume();
             if (!b.failure.empty()) throw std::runtime_error(b.failure);
         }
         if (!b.pending.empty() && (!moved || b.random() % 4 == 0)) {
@@ -157,13 +161,14 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
     if (size == 0 || size > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
     if (shared_bytes > 227 << 10) throw std::runtime_error("emulator: a block has at most 227 KiB of shared memory");
     Block b;
-    b.fibers.resize(size);
+    b.threads.resize(size);
+    b.warps.resize((size + 31) / 32);
     b.turns.resize(size);
     b.random.seed(seed);
     b.body = &body;
     for (unsigned i = 0; i < size; ++i) {
-        b.fibers[i].stack.reset(new char[kStack]);
-        b.fibers[i].thread = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
+        b.threads[i].fiber = &stack_of(i);
+        b.threads[i].at = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
     }
     Block* outer = block;
     block = &b;
@@ -180,10 +185,13 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
                         static_cast<unsigned>(i / grid.x / grid.y)};
             b.alive = static_cast<int>(size);
             b.shared.assign(shared_bytes + kAlignment, 0xFF);
-            b.meetings.clear();
+            for (auto& [key, array] : b.arrays) std::fill(array.begin(), array.end(), 0xFF);
+            for (Warp& warp : b.warps) warp = {};
             for (Barrier& barrier : b.barriers) barrier = {};
             for (unsigned t = 0; t < size; ++t) {
-                begin(b.fibers[t]);
+                b.threads[t].done = false;
+                b.threads[t].ready = nullptr;
+                b.threads[t].fiber->begin(enter);
                 b.turns[t] = t;
             }
             arrange(b);
@@ -201,6 +209,13 @@ unsigned char* dynamic_shared() {
     return block->shared.data() + (kAlignment - address % kAlignment) % kAlignment;
 }
 
+void* shared_array(const void* key, size_t bytes) {
+    auto& array = block->arrays[key];
+    if (array.empty()) array.assign(bytes + kAlignment, 0xFF);
+    const auto address = reinterpret_cast<uintptr_t>(array.data());
+    return array.data() + (kAlignment - address % kAlignment) % kAlignment;
+}
+
 void wait_until(const std::function<bool()>& ready, const char* what) {
     if (!ready()) pause(&ready, what);
 }
@@ -213,7 +228,7 @@ void barrier(int id, int threads) {
     ++b.arrived;
     release(b, threads);
     const std::function<bool()> passed = [&b, phase] { return b.phase != phase; };
-    wait_until(passed, "a barrier");
+    wait_until(passed, kNames[id]);
 }
 
 void barrier_arrive(int id, int threads) {
@@ -224,7 +239,8 @@ void barrier_arrive(int id, int threads) {
 Lanes exchange(uint32_t mask, uint64_t mine, const char* what) {
     const uint32_t me = 1u << lane();
     if (!(mask & me)) throw std::runtime_error(std::string("emulator: a lane outside the mask calls ") + what);
-    Meeting& meeting = block->meetings[{warp(), mask}];
+    Warp& mates = block->warps[warp()];
+    Meeting& meeting = mask == 0xFFFFFFFFu ? mates.whole : mates.meetings[mask];
     const std::function<bool()> free = [&meeting, me] { return !(meeting.arrived & me); };
     wait_until(free, what);
     if (meeting.arrived == 0) meeting.what = what;

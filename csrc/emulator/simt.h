@@ -19,7 +19,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __restrict__ __restrict
-// One block runs at a time, so its shared memory may be static.
+// One block runs at a time, so its shared memory may be static; MICROTOME_SHARED also forgets it between blocks.
 #define __shared__ static
 
 extern thread_local uint3 threadIdx, blockIdx;
@@ -36,6 +36,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void set_order(Order order, uint64_t seed);
 
 unsigned char* dynamic_shared();  // 1024-byte aligned
+// The block's array named by `key`, an address; like all shared memory it starts out as 0xFF bytes in every block.
+void* shared_array(const void* key, size_t bytes);
 
 // Let others run until `ready` holds. It is asked between turns and must not change anything.
 void wait_until(const std::function<bool()>& ready, const char* what);
