@@ -76,7 +76,9 @@ def blocks(
     """
     n, f = x.shape[0], W_enc.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    W, bias = W_enc.to(wide), None if b_enc is None else b_enc.to(wide)
+    # Of what is not contiguous a product may take its sums in another order.
+    x, W = x.contiguous(), W_enc.to(wide).contiguous()
+    bias = None if b_enc is None else b_enc.to(wide)
     rows = max(1, BLOCK // max(1, f))
     for first in range(0, n, rows):
         part = x[first : first + rows].to(wide)
