@@ -22,7 +22,7 @@ from microtome.kernels.segments import (
 )
 from torch import Tensor
 
-from microtome.ops._csr import rows_of
+from microtome._csr import rows_of
 
 WIDEST = 1024  # columns of a gathered tile
 SIZE = 1024  # elements of a tile

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from microtome import errors
+from microtome._csr import offsets_of, rows_of
 from microtome._seed import generator
 from microtome.ops import sparse_decode, use_backend
-from microtome.ops._csr import offsets_of, rows_of
 from microtome.ops.sparse_decode_csr import csr_decode, csr_grad_values, csr_grad_W_dec
 from microtome.testing import assert_accurate, backends_of, factor_of
 

@@ -1,6 +1,6 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
-from microtome.ops._csr import Entries
+from microtome._csr import Entries
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.batch_topk_encode import batch_topk_encode

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome._csr import offsets_of
 from microtome.ops import _csr_encode as shared
-from microtome.ops._csr import offsets_of
 from microtome.ops._registry import Op, triton_backend
 from microtome.ops.screen_weights import Screen
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome._csr import Entries, rows_of
 from microtome.errors import ArgumentError
-from microtome.ops._csr import Entries, rows_of
 from microtome.ops.sparse_decode_csr import csr_decode, csr_grad_values
 
 

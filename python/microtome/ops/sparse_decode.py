@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
-from microtome.ops._csr import check_offsets
 from microtome.ops._registry import Backend, Op, why_not_common
-from microtome.ops.sparse_decode_csr import csr_decode
+from microtome.ops.sparse_decode_csr import check_offsets, csr_decode
 
 _FLOATS = (torch.float32, torch.bfloat16)
 

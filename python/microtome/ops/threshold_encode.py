@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from microtome._csr import Entries, offsets_of
 from microtome.errors import ArgumentError
 from microtome.ops import _csr_encode as shared
-from microtome.ops._csr import Entries, offsets_of
 from microtome.ops._registry import Op, triton_backend
 from microtome.ops.screen_weights import Screen
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome._csr import rows_of
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops._csr import rows_of
 
 
 @dataclass(frozen=True, eq=False)
