@@ -5,6 +5,7 @@ import torch
 
 from microtome import SparseCode
 from microtome.errors import ArgumentError, DtypeError, ShapeError
+from microtome.ops import batch_topk_encode, threshold_encode
 
 # Rows: {3: 2, 0: 0.5}, {1: 1, 2: cut}, {2: 4, 3: 1}, {0: cut, 1: cut}.
 VALUES = torch.tensor([[2.0, 0.5], [1.0, 0.0], [4.0, 1.0], [0.0, 0.0]])
@@ -25,7 +26,14 @@ def ragged() -> SparseCode:
     )
 
 
-@pytest.mark.parametrize("make", [uniform, ragged])
+def roomy() -> SparseCode:
+    """The ragged code with room for more entries behind it."""
+    code = ragged()
+    values, indices = (torch.cat([t, t.new_zeros(3)]) for t in (code.values, code.indices))
+    return SparseCode(values, indices, 4, code.offsets)
+
+
+@pytest.mark.parametrize("make", [uniform, ragged, roomy])
 def test_both_kinds_stand_for_the_same_dense_code(make):
     code = make()
     assert torch.equal(code.to_dense(), DENSE)
@@ -35,7 +43,7 @@ def test_both_kinds_stand_for_the_same_dense_code(make):
     assert code.indices.dtype == torch.int32
 
 
-@pytest.mark.parametrize("make", [uniform, ragged])
+@pytest.mark.parametrize("make", [uniform, ragged, roomy])
 @pytest.mark.parametrize(
     "item", [1, -1, slice(1, 3), slice(0, 0), torch.tensor([2, 0, 2]), DENSE[:, 3] > 0]
 )
@@ -45,7 +53,7 @@ def test_indexing_picks_rows_as_it_does_on_the_dense_code(make, item):
     assert picked.shape == tuple(DENSE[item].shape)
 
 
-@pytest.mark.parametrize("make", [uniform, ragged])
+@pytest.mark.parametrize("make", [uniform, ragged, roomy])
 def test_indexing_goes_over_a_leading_shape(make):
     flat = make()
     code = SparseCode(flat.values, flat.indices, 4, flat.offsets, (2, 2))
@@ -64,8 +72,9 @@ def test_the_csr_matrix_has_ascending_columns_and_no_stored_zeros():
     assert csr.values().tolist() == [0.5, 2.0, 1.0, 4.0, 1.0]
 
 
-def test_padding_a_ragged_code_keeps_its_dense_code():
-    values, indices = ragged().padded()
+@pytest.mark.parametrize("make", [ragged, roomy])
+def test_padding_a_ragged_code_keeps_its_dense_code(make):
+    values, indices = make().padded()
     assert values.shape == (4, 2)
     assert torch.equal(SparseCode(values, indices, 4).to_dense(), DENSE)
 
@@ -87,6 +96,26 @@ def test_an_empty_code_is_a_code():
     assert code.to_dense().shape == (0, 4)
     assert code.to_torch_csr().shape == (0, 4)
     assert code.l0 == 0.0
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_it_holds_what_the_encoders_with_rows_of_any_length_return(capacity):
+    g = torch.Generator().manual_seed(0)
+    x, W_enc = torch.randn(6, 5, generator=g), torch.randn(9, 5, generator=g)
+    x[2] = 0.0
+    z = torch.nn.functional.linear(x, W_enc)
+    entries = threshold_encode(x, W_enc, capacity=capacity).code
+    code = SparseCode(entries.values, entries.indices, 9, entries.offsets, (2, 3))
+    dense = z.relu()
+    torch.testing.assert_close(code.to_dense(), dense.reshape(2, 3, 9))
+    torch.testing.assert_close(code.to_torch_csr().to_dense(), dense)
+    torch.testing.assert_close(code[1, 2].to_dense(), dense[5])
+    assert code[0, 2].values.numel() == 0
+    assert code.l0 == float((dense > 0).sum()) / 6
+    values, indices, offsets, _ = batch_topk_encode(x, W_enc, k=2)
+    code = SparseCode(values, indices, 9, offsets)
+    torch.testing.assert_close(code.to_dense(), z * (z >= z.flatten().topk(12).values[-1]))
+    assert len(code[1:4]) == 3
 
 
 def test_a_code_that_does_not_fit_says_how():

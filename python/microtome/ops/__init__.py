@@ -1,12 +1,15 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
+from microtome._csr import Entries
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
+from microtome.ops.batch_topk_encode import batch_topk_encode
 from microtome.ops.cascade_attention import cascade_attention, swap_key_attention
 from microtome.ops.coalition_gram import coalition_gram
 from microtome.ops.coalition_inputs import coalition_inputs
 from microtome.ops.delta_linear import delta_linear
 from microtome.ops.feature_clamp import feature_clamp
+from microtome.ops.jump_relu import jump_relu
 from microtome.ops.mlp_shapley import (
     ELU,
     GELU,
@@ -29,6 +32,7 @@ from microtome.ops.screen_weights import Screen, screen_weights
 from microtome.ops.shapley_reduce import shapley_reduce
 from microtome.ops.solu import solu
 from microtome.ops.sparse_decode import sparse_decode
+from microtome.ops.threshold_encode import threshold_encode
 from microtome.ops.topk_encode import topk_encode
 
 __all__ = [
@@ -47,15 +51,18 @@ __all__ = [
     "TANH",
     "ZERO",
     "Code",
+    "Entries",
     "Screen",
     "UpdateRule",
     "attribution_scores",
+    "batch_topk_encode",
     "cascade_attention",
     "coalition_gram",
     "coalition_inputs",
     "delta_linear",
     "feature_clamp",
     "info",
+    "jump_relu",
     "mlp_shapley",
     "moments_for",
     "pack_weights",
@@ -68,6 +75,7 @@ __all__ = [
     "solu",
     "sparse_decode",
     "swap_key_attention",
+    "threshold_encode",
     "topk_encode",
     "use_backend",
 ]

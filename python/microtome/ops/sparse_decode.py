@@ -9,23 +9,31 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops.sparse_decode_csr import check_offsets, csr_decode
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
 def sparse_decode(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Reconstruct activations from k active features per row.
+    """Reconstruct activations from the active features of each row.
 
         out[i] = b_dec + sum_j values[i, j] * W_dec[indices[i, j]]
 
     Args:
-        values: [n, k] float32, bfloat16, float16 or float64. Feature activations, in units of the
-            decoder rows.
-        indices: [n, k] int32 or int64, each in [0, f). Repeats add up.
+        values: [n, k], or [m] with `offsets`. float32, bfloat16, float16 or float64. Feature
+            activations, in units of the decoder rows.
+        indices: int32 or int64, same shape, each in [0, f). Repeats add up.
         W_dec: [f, d], one row per feature, dtype of values.
         b_dec: [d], or None for zero.
+        offsets: [n + 1] int64 or int32 for rows of any length, as `batch_topk_encode` and
+            `threshold_encode` give: row i is entries offsets[i] to offsets[i + 1]. Entries from
+            offsets[n] on are unused and get no gradient. On a CPU plain PyTorch runs these codes.
 
     Returns:
         [n, d], dtype of values, accumulated in float32 (float64 for float64).
@@ -33,7 +41,7 @@ def sparse_decode(
     Raises:
         ShapeError: the letters above do not agree.
         DtypeError: values, W_dec and b_dec differ in dtype, or indices are not integers.
-        ArgumentError: an index lies outside [0, f).
+        ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in values, W_dec, b_dec, to any order. Deterministic: the same bits for any
@@ -47,20 +55,29 @@ def sparse_decode(
         >>> sparse_decode(torch.tensor([[2.0]]), torch.tensor([[1]]), W_dec)
         tensor([[0., 6.]])
     """
+    letters = "n k" if offsets is None else "m"
     sizes = _check.shapes(
         "sparse_decode",
-        values=(values, "n k"),
-        indices=(indices, "n k"),
+        values=(values, letters),
+        indices=(indices, letters),
         W_dec=(W_dec, "f d"),
         b_dec=(b_dec, "d"),
     )
     _check.dtype("sparse_decode", _check.FLOATS, values=values)
     _check.same_dtype("sparse_decode", values=values, W_dec=W_dec, b_dec=b_dec)
     _check.dtype("sparse_decode", _check.INDICES, indices=indices)
-    _check.device("sparse_decode", values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
+    _check.device(
+        "sparse_decode", values=values, indices=indices, W_dec=W_dec, b_dec=b_dec, offsets=offsets
+    )
+    if offsets is not None:
+        check_offsets("sparse_decode", offsets, sizes["m"])
     if not torch.compiler.is_compiling():
         _check.index_range("sparse_decode", indices, sizes["f"])
-    out: Tensor = _decode(values, indices, W_dec, b_dec)
+    out: Tensor = (
+        _decode(values, indices, W_dec, b_dec)
+        if offsets is None
+        else csr_decode(values, indices, offsets, W_dec, b_dec)
+    )
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome._csr import rows_of
 from microtome.errors import ArgumentError, ShapeError
 
 
@@ -23,7 +24,8 @@ class SparseCode:
         indices: int32, same shape: the feature of each value, in [0, n_features).
         n_features: f, the width of the dense code.
         offsets: None when every row has k entries; else [n + 1] int64: row i is entries offsets[i]
-            to offsets[i + 1].
+            to offsets[i + 1]. Entries from offsets[n] on, which `threshold_encode` leaves where it
+            was given a capacity, are unused and 0.
         leading: shape of the rows, such as (batch, position); their product is n. Default (n,).
 
     A value of zero is a feature that was selected and then cut by the ReLU; it counts as inactive.
@@ -95,11 +97,11 @@ class SparseCode:
         )
 
     def _rows(self) -> Tensor:
-        """The row of every entry, [entries]."""
+        """The row of every entry, [entries]; of unused ones the last, which a 0 does not change."""
         device = self.values.device
         if self.offsets is None:
             return torch.arange(self.n_rows, device=device).repeat_interleave(self.values.shape[1])
-        return torch.arange(self.n_rows, device=device).repeat_interleave(self.offsets.diff())
+        return rows_of(self.offsets, self.values.shape[0])
 
     def to_dense(self) -> Tensor:
         """The code as a tensor [*leading, f], zero where nothing is active; repeats add up."""
@@ -133,11 +135,14 @@ class SparseCode:
             return self.values, self.indices
         lengths = self.offsets.diff()
         k = max(1, int(lengths.max())) if len(lengths) else 1
-        rows = self._rows()
-        slots = torch.arange(len(rows), device=rows.device) - self.offsets[rows]
-        values = self.values.new_zeros(self.n_rows, k).index_put((rows, slots), self.values)
-        indices = self.indices.new_zeros(self.n_rows, k).index_put((rows, slots), self.indices)
-        return values, indices
+        used = int(self.offsets[-1])
+        rows = rows_of(self.offsets, used)
+        slots = torch.arange(used, device=rows.device) - self.offsets[rows]
+        values, indices = self.values[:used], self.indices[:used]
+        return (
+            values.new_zeros(self.n_rows, k).index_put((rows, slots), values),
+            indices.new_zeros(self.n_rows, k).index_put((rows, slots), indices),
+        )
 
     def to(self, device: torch.device | str) -> SparseCode:
         """The same code on another device."""
