@@ -109,7 +109,9 @@ def test_the_mean_of_what_is_stored_is_the_number(state: str, second: bool) -> N
 
 
 @MOMENTS
-def test_what_was_stored_is_stored_again_exactly_and_doubling_moves_the_scale_alone(second: bool) -> None:
+def test_what_was_stored_is_stored_again_exactly_and_doubling_moves_the_scale_alone(
+    second: bool,
+) -> None:
     values = spread_out(6, 300, second)
     words = states.words(states.key_of(1, 0), torch.arange(6), 300)
     stored = states.zeros(values, "int8")

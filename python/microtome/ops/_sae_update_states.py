@@ -84,13 +84,13 @@ def read(stored: Tensor, like: Tensor, *, second: bool) -> Tensor:
     d = like.shape[1]
     raw = stored.long() & 0xFF
     code, least = raw[:, :d], _spread(raw[:, d : d + -(-d // BLOCK)], d)
-    sign = 1.0
-    if not second:
-        sign, code = 1.0 - 2.0 * (code >> 7), code & 0x7F
-    small = code < 8
-    power = _float((least << 23).where(small, torch.zeros_like(least)))
-    number = _float((code << 20) + ((least - ~small * 1) << 23)) - power
-    return (number * sign).to(like.dtype)
+    negative = torch.zeros_like(code) if second else code >> 7
+    code = code if second else code & 0x7F
+    # Field 0 has no leading one: it is read as field 1 would be, and that one taken off again.
+    normal = (code >= 8).long()
+    one = _float((least << 23) * (1 - normal))
+    number = _float((code << 20) + ((least - normal) << 23)) - one
+    return (number * (1 - 2 * negative)).to(like.dtype)
 
 
 def write(
@@ -122,10 +122,10 @@ def _packed(value: Tensor, random: Tensor, *, second: bool) -> Tensor:
     least = (largest - (top - 1)).clamp_min(SMALLEST)  # [r, blocks]
     low = _spread(least, d)
     # Below the normal codes, adding 2^least makes a float32 whose mantissa is the fixed-point code.
-    small = bits >> 23 < low
-    number = torch.where(small, size + _float(low << 23), size)
+    normal = (bits >> 23 >= low).long()
+    number = size + _float((low << 23) * (1 - normal))
     code = (number.view(torch.int32).long() + 16 * random + 8) >> 20
-    code -= (low - ~small * 1) << 3
+    code -= (low - normal) << 3
     if second:
         code = torch.where(size == 0, 0, code.clamp_min(1))
     else:
