@@ -225,12 +225,30 @@ MESSAGES: list[tuple[dict[str, object], type[MicrotomeError], str]] = [
     (
         {"moments": [None] * 8},
         ArgumentError,
-        r"moments do not fit optimizer 'adam'; make them with moments_for\(params, rule\)\.",
+        r"moments do not fit optimizer 'adam'; make them with "
+        r"moments_for\(params, rule, state\)\.",
     ),
     (
         {"moments": [torch.zeros(F, D)] * 8},
         ArgumentError,
-        r"moments do not fit optimizer 'adam'; make them with moments_for\(params, rule\)\.",
+        r"m_b_enc must be \[24\] float32 on cpu, contiguous, got \[24, 10\] float32 on cpu; make "
+        r"them with moments_for\(params, rule, state\)\.",
+    ),
+    (
+        {"moments": [*moments_for(THREE, UpdateRule(), "int8")[:7], torch.zeros(D).int()]},
+        ArgumentError,
+        r"v_b_dec must be \[10\] float32 on cpu, contiguous, got \[10\] int32 on cpu; make them",
+    ),
+    (
+        {"moments": [torch.zeros(F, D).to(torch.int8), *moments_for(THREE, UpdateRule())[1:]]},
+        DtypeError,
+        "moments of W_enc and W_dec must all be float32, all bfloat16 or all int8, got m_W_enc "
+        "int8, v_W_enc float32, m_W_dec float32, v_W_dec float32; make them",
+    ),
+    (
+        {"moments": [torch.zeros(F, D).to(t) for t in [torch.int8] * 2] * 4},
+        ArgumentError,
+        r"m_W_enc must be \[24, 16\] int8 on cpu, contiguous, got \[24, 10\] int8 on cpu; make",
     ),
     (
         {"screen": SCREEN},

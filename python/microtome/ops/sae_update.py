@@ -7,6 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.ops import _sae_update_inputs as inputs
+from microtome.ops import _sae_update_states as states
 from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops._sae_update_inputs import OPTIMIZERS, Code, Params, UpdateRule, moments_for
 from microtome.ops.screen_weights import KINDS, Screen
@@ -42,8 +43,8 @@ def sae_update(
         x: [n, d] float32, what the encoder saw: already centred by b_dec if the SAE does that.
         params: W_enc [f, d], b_enc [f], W_dec [f, d], b_dec [d], float32, updated in place.
         moments: eight tensors or None: first and second moments of W_enc, b_enc, W_dec, b_dec in
-            that order (m, v, m, v, ...), float32, shaped like their parameter, updated in place.
-            `moments_for` makes them.
+            that order (m, v, m, v, ...), updated in place. `moments_for` makes them: those of the
+            weights in float32, bfloat16 or 8 bits a number, those of the biases in float32.
         rule: the optimizer.
         step: 1 for the first step (Adam's bias correction).
         aux: a second code of the same rows (AuxK for dead latents), or None.
@@ -61,10 +62,13 @@ def sae_update(
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic for any thread count: entries are sorted by latent, long
-    segments are summed in fixed chunks. Reads and writes each parameter and moment once: 24 bytes a
-    weight with Adam, 2 more for the shadow. On CPU, results below 2^-126 become zero: the moments
-    of features that no longer fire would otherwise decay into slow denormals.
-    Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093.
+    segments are summed in fixed chunks, and the random bits of rounded moments are a hash of step
+    and place. Reads and writes each parameter and moment once: with Adam 24 bytes a weight, 16 with
+    bfloat16 moments, 12 with 8-bit ones, and 2 more for the shadow. A step divides by the moments
+    before they are rounded. On CPU, results below 2^-126 become zero: the moments of features that
+    no longer fire would otherwise decay into slow denormals.
+    Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093; Dettmers et al.
+    2022, arXiv:2110.02861 (8-bit states).
     """
     sizes = inputs.check_shapes(code, x, params, aux)
     inputs.check_types(code, x, params, aux)
@@ -154,18 +158,26 @@ def sae_update_reference(
 
     hyper = (optimizer, lr, beta1, beta2, eps)
     rows = touched if rowsparse else slice(None)
-    for p, grad, m, v, decay in (
-        (W_enc, dW_enc, m_W_enc, v_W_enc, weight_decay),
-        (b_enc, db_enc, m_b_enc, v_b_enc, 0.0),
-        (W_dec, dW_dec, m_W_dec, v_W_dec, weight_decay),
+    numbers = torch.arange(f, device=x.device)[rows]
+    for matrix, p, grad, m, v, decay in (
+        (0, W_enc, dW_enc, m_W_enc, v_W_enc, weight_decay),
+        (1, b_enc, db_enc, m_b_enc, v_b_enc, 0.0),
+        (2, W_dec, dW_dec, m_W_dec, v_W_dec, weight_decay),
     ):
-        part = [None if t is None else t[rows] for t in (p, m, v)]
-        assert part[0] is not None
-        apply_rule(part[0], grad[rows], part[1], part[2], *hyper, decay, step)
-        if rowsparse:  # boolean indexing copies
-            for whole, piece in zip((p, m, v), part, strict=True):
-                if whole is not None and piece is not None:
-                    whole[rows] = piece
+        kept = [(t, second) for t, second in ((m, False), (v, True)) if t is not None]
+        part = p[rows]  # a copy where rows are a mask
+        full = [states.read(t[rows], part, second=second) for t, second in kept]
+        first, other = (*full, None, None)[:2]
+        apply_rule(part, grad[rows], first, other, *hyper, decay, step)
+        p[rows] = part
+        bits = None
+        if any(t.dtype != p.dtype for t, _ in kept):
+            bits = states.words(states.key_of(step, matrix), numbers, p.shape[1])
+        for (t, second), new in zip(kept, full, strict=True):
+            if bits is not None:
+                states.write(t, rows, new, bits, second=second)
+            else:
+                t[rows] = new
     apply_rule(b_dec, db_dec, m_b_dec, v_b_dec, *hyper, 0.0, step)
     if renorm:
         W_dec[rows] = W_dec[rows] / W_dec[rows].norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -226,6 +238,9 @@ def sae_update_cpu(
 
 
 def _why_not_cpu(*args: object) -> str | None:
+    m_W_enc = args[15]
+    if isinstance(m_W_enc, Tensor) and m_W_enc.dtype in (torch.bfloat16, torch.int8):
+        return f"moments in {_check.dtype_name(m_W_enc.dtype)} (has float32)"
     reason = why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
     x, W_enc = args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):

@@ -11,6 +11,7 @@ import torch
 
 from microtome import _check
 from microtome.errors import ArgumentError
+from microtome.ops._sae_update_states import STATES
 from microtome.ops.sae_update import OPTIMIZERS, UpdateRule
 
 # Settings that change what is written, not what is computed: a resumed run may differ in them.
@@ -47,6 +48,9 @@ class TrainConfig:
         weight_decay: on W_enc and W_dec; see `UpdateRule`.
         rowsparse: leave untouched rows and their moments as they are: SparseAdam's semantics,
             another algorithm than Adam.
+        moments: how the fused optimizers keep the moments of W_enc and W_dec: "float32", or to
+            save memory "bfloat16" (2 bytes a number) or "int8" (1); rounded without bias, so
+            that training runs as with float32.
         max_grad_norm: clip the norm of all gradients together; for a callable optimizer only.
         auxk_coefficient: weight of the loss by which dead latents reconstruct the residual (AuxK);
             0 for none.
@@ -84,6 +88,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     rowsparse: bool = False
+    moments: str = "float32"
     max_grad_norm: float | None = None
     auxk_coefficient: float = 1 / 32
     k_aux: int | None = None
@@ -121,6 +126,7 @@ class TrainConfig:
             _check.between(op, "tokens", self.tokens, self.batch_size, 2**62)
         _check.one_of(op, "decay", self.decay, ("linear", "constant"))
         _check.one_of(op, "b_dec_init", self.b_dec_init, ("geometric_median", "mean", "keep"))
+        _check.one_of(op, "moments", self.moments, STATES)
         self._check_numbers()
         if not callable(self.optimizer):
             _check.one_of(op, "optimizer", self.optimizer, OPTIMIZERS)
@@ -129,10 +135,15 @@ class TrainConfig:
                 msg += f"optimizer {self.optimizer!r} never forms. Pass a callable, such as "
                 msg += "optimizer=torch.optim.Adam."
                 raise ArgumentError(msg)
-        elif self.rowsparse:
-            msg = "TrainConfig: rowsparse is of the fused optimizers; pass optimizer='adam' or "
-            msg += "drop rowsparse."
-            raise ArgumentError(msg)
+        else:
+            for name, given in (
+                ("rowsparse", self.rowsparse),
+                ("moments", self.moments != "float32"),
+            ):
+                if given:
+                    msg = f"TrainConfig: {name} is of the fused optimizers; pass optimizer='adam' "
+                    msg += f"or drop {name}."
+                    raise ArgumentError(msg)
 
     def _check_numbers(self) -> None:
         ranges = {
@@ -209,8 +220,14 @@ class TrainConfig:
         return cls(**values)
 
     def what_is_computed(self) -> dict[str, Any]:
-        """The settings on which the trained weights depend."""
-        return {k: v for k, v in self.to_dict().items() if k not in _REPORTING}
+        """The settings on which the trained weights depend.
+
+        `moments` is left out where it is float32, as in runs written before there was a choice.
+        """
+        computed = {k: v for k, v in self.to_dict().items() if k not in _REPORTING}
+        if self.moments == "float32":
+            del computed["moments"]
+        return computed
 
 
 def _name(function: Any) -> str:

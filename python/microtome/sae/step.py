@@ -39,7 +39,9 @@ class FusedStep:
         self.sae, self.config = sae, config
         self.settings: dict[str, str] = {}
         self.base_lr = config.base_lr(sae.n_features) or 0.0
-        self.moments = moments_for(sae.parameters_in_order, config.rule(self.base_lr))
+        self.moments = moments_for(
+            sae.parameters_in_order, config.rule(self.base_lr), config.moments
+        )
         self.since_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_enc.device)
 
     @torch.no_grad()
