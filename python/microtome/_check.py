@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from microtome import _autocast
 from microtome.errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,17 +62,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype(op: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
-    """Raise DtypeError unless each tensor's dtype is one of `allowed`."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in allowed:
+    """Raise DtypeError unless each tensor's dtype, after autocast, is one of `allowed`."""
+    for name, kind in _autocast.dtypes(op, tensors).items():
+        if kind not in allowed:
             has = ", ".join(dtype_name(d) for d in allowed)
-            msg = f"{op}: {name} must be {has}, got {dtype_name(tensor.dtype)}. Cast it with .to()."
+            msg = f"{op}: {name} must be {has}, got {dtype_name(kind)}. Cast it with .to()."
             raise DtypeError(msg)
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise DtypeError unless all tensors share one dtype."""
-    present = {name: t.dtype for name, t in tensors.items() if t is not None}
+    """Raise DtypeError unless all tensors share one dtype, after autocast."""
+    present = _autocast.dtypes(op, tensors)
     if len(set(present.values())) > 1:
         got = ", ".join(f"{n} {dtype_name(d)}" for n, d in present.items())
         msg = f"{op}: all weights and inputs must share one dtype, got {got}. Cast them with .to()."
@@ -79,12 +80,25 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
 
 
 def device(op: str, **tensors: Tensor | None) -> None:
-    """Raise DeviceError unless all tensors lie on one device."""
-    present = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(present.values())) > 1:
-        got = ", ".join(f"{n} on {d}" for n, d in present.items())
-        msg = f"{op}: all tensors must lie on one device, got {got}. Move them with .to(device)."
-        raise DeviceError(msg)
+    """Raise DeviceError, naming what to move where, unless all tensors lie on one device."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    if len({t.device for t in present.values()}) <= 1:
+        return
+    got = ", ".join(f"{name} {list(t.shape)} on {t.device}" for name, t in present.items())
+    # The least is moved by going where most bytes are; nothing can be moved off "meta".
+    held: dict[torch.device, int] = {}
+    for t in present.values():
+        held[t.device] = held.get(t.device, 0) + (0 if t.is_meta else t.nbytes + 1)
+    target = max(held, key=lambda d: held[d])
+    elsewhere = {name: t for name, t in present.items() if t.device != target}
+    moves = [f"{name}.to({str(target)!r})" for name, t in elsewhere.items() if not t.is_meta]
+    empty = [name for name, t in elsewhere.items() if t.is_meta]
+    ways = [f"move with {', '.join(moves)}"] if moves else []
+    if empty:
+        ways.append(f"load {', '.join(empty)} on {target} (meta tensors hold no data)")
+    way = " and ".join(ways)
+    msg = f"{op}: all tensors must lie on one device, got {got}. {way[0].upper()}{way[1:]}."
+    raise DeviceError(msg)
 
 
 def between(op: str, name: str, value: int, low: int, high: int, high_name: str = "") -> None:

@@ -1,5 +1,9 @@
 """The errors microtome raises on purpose: what was asked, what came, what to do."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 
 class MicrotomeError(Exception):
     """Base of all errors raised by microtome."""
@@ -47,3 +51,25 @@ class CheckpointError(StoreError):
 
 class PackageError(MicrotomeError, ImportError):
     """An optional package is not installed; the message says which and how to get it."""
+
+
+if TYPE_CHECKING:
+
+    class OutOfMemoryError(MicrotomeError, RuntimeError, MemoryError):
+        """Described below."""
+
+else:
+
+    def __getattr__(name: str) -> type[Exception]:
+        """OutOfMemoryError, made on first use: its base is torch's, and this module costs none."""
+        if name != "OutOfMemoryError":
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        import torch
+
+        class OutOfMemoryError(MicrotomeError, torch.OutOfMemoryError, MemoryError):
+            """An op ran out of memory; the message names its inputs' bytes and a way out."""
+
+            __qualname__ = "OutOfMemoryError"
+
+        return globals().setdefault(name, OutOfMemoryError)

@@ -210,8 +210,8 @@ GOOD = {name: torch.ones(2, 6) for name in ("source", "base", "grad")}
         (
             {"base": torch.ones(2, 6, device="meta")},
             errors.DeviceError,
-            "all tensors must lie on one device, got source on cpu, base on meta, grad on cpu. "
-            "Move them with .to(device).",
+            "all tensors must lie on one device, got source [2, 6] on cpu, base [2, 6] on "
+            "meta, grad [2, 6] on cpu. Load base on cpu (meta tensors hold no data).",
         ),
     ],
 )

@@ -282,8 +282,9 @@ GOOD = {
         (
             {"weights": torch.ones(3, 4, device="meta").double()},
             errors.DeviceError,
-            "all tensors must lie on one device, got coalitions on cpu, weights on meta, values on "
-            "cpu. Move them with .to(device).",
+            "all tensors must lie on one device, got coalitions [4, 2] on cpu, weights "
+            "[3, 4] on meta, values [3, 4, 1] on cpu. Load weights on cpu (meta tensors hold no "
+            "data).",
         ),
     ],
 )

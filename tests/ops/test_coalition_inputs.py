@@ -315,8 +315,9 @@ def test_a_player_that_is_not_there_is_named(backend: str, number: int) -> None:
         (
             {"background": torch.zeros(3, 4, device="meta")},
             errors.DeviceError,
-            "all tensors must lie on one device, got x on cpu, background on meta, ranks on cpu, "
-            "rows on cpu, player on cpu. Move them with .to(device).",
+            "all tensors must lie on one device, got x [2, 4] on cpu, background [3, 4] "
+            "on meta, ranks [1, 3] on cpu, rows [2, 5] on cpu, player [4] on cpu. Load background "
+            "on cpu (meta tensors hold no data).",
         ),
     ],
 )

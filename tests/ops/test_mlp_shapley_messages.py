@@ -117,9 +117,10 @@ b1, b2, b3 = GOOD["biases"]
         (
             {"x": torch.ones(2, 4, device="meta")},
             errors.DeviceError,
-            "mlp_shapley: all tensors must lie on one device, got x on meta, background on cpu, "
-            "ranks on cpu, weights[0] on cpu, weights[1] on cpu, weights[2] on cpu, biases[0] on "
-            "cpu, biases[1] on cpu, biases[2] on cpu. Move them with .to(device).",
+            "mlp_shapley: all tensors must lie on one device, got x [2, 4] on meta, background "
+            "[3, 4] on cpu, ranks [3, 1, 2, 4] on cpu, weights[0] [5, 4] on cpu, weights[1] [6, 5] "
+            "on cpu, weights[2] [2, 6] on cpu, biases[0] [5] on cpu, biases[1] [6] on cpu, "
+            "biases[2] [2] on cpu. Load x on cpu (meta tensors hold no data).",
         ),
         (
             {"precision": "fp16"},

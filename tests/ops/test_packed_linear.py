@@ -250,8 +250,9 @@ GOOD = draw(4, 6, 40)
         (
             {"add": torch.ones(4, 40, device="meta")},
             errors.DeviceError,
-            "packed_linear: all tensors must lie on one device, got x on cpu, packed on cpu, bias "
-            "on cpu, add on meta. Move them with .to(device).",
+            "packed_linear: all tensors must lie on one device, got x [4, 6] on cpu, packed "
+            "[2, 6, 32] on cpu, bias [40] on cpu, add [4, 40] on meta. Load add on cpu (meta "
+            "tensors hold no data).",
         ),
     ],
 )

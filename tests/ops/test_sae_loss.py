@@ -311,8 +311,9 @@ GOOD = {
         (
             {"x": torch.ones(2, 5, device="meta")},
             errors.DeviceError,
-            "sae_loss: all tensors must lie on one device, got x on meta, values on cpu, "
-            "indices on cpu, W_dec on cpu. Move them with .to(device).",
+            "sae_loss: all tensors must lie on one device, got x [2, 5] on meta, values "
+            "[2, 3] on cpu, indices [2, 3] on cpu, W_dec [4, 5] on cpu. Load x on cpu (meta "
+            "tensors hold no data).",
         ),
         (
             {"indices": torch.tensor([[0, 1, -3]] * 2)},

@@ -285,8 +285,8 @@ GOOD = {
         (
             {"ranks": torch.zeros(3, 4, 1, 5, dtype=torch.int32, device="meta")},
             errors.DeviceError,
-            "all tensors must lie on one device, got values on cpu, ranks on meta. Move them with "
-            ".to(device).",
+            "all tensors must lie on one device, got values [2, 3, 4, 1, 6, 1] on cpu, ranks "
+            "[3, 4, 1, 5] on meta. Load ranks on cpu (meta tensors hold no data).",
         ),
     ],
 )

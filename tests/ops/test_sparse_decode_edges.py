@@ -61,8 +61,8 @@ def message(text: str) -> str:
         (
             {"W_dec": torch.ones(4, 5, device="meta")},
             errors.DeviceError,
-            "sparse_decode: all tensors must lie on one device, got values on cpu, indices on cpu, "
-            "W_dec on meta. Move them with .to(device).",
+            "sparse_decode: all tensors must lie on one device, got values [2, 3] on cpu, indices "
+            "[2, 3] on cpu, W_dec [4, 5] on meta. Load W_dec on cpu (meta tensors hold no data).",
         ),
         (
             {"indices": torch.tensor([[0, 1, 4]] * 2)},

@@ -44,11 +44,11 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
         ...     ablated = model(tokens).logits
     """
     (found,) = resolve("splice", model, [site])
-    fired, ran = 0, 0
+    fired = ran = False  # not counts: a compiled graph would be compiled anew for each number
 
     def visit(activation: Tensor) -> Tensor:
         nonlocal fired
-        fired += 1
+        fired = True
         new = function(activation)
         if not isinstance(new, Tensor):
             msg = (
@@ -65,7 +65,7 @@ def splice(model: nn.Module, site: str, function: Callable[[Tensor], Tensor]) ->
 
     def count(_: nn.Module, args: object) -> None:
         nonlocal ran
-        ran += 1
+        ran = True
 
     handles: list[hooks.Handle] = []
     try:

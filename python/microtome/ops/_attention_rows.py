@@ -39,10 +39,10 @@ def check_scalars(
             "Head j of q uses key head j // (h / hk)."
         )
         raise ShapeError(msg)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # not isfinite: in a compiled graph scale may be a symbol
         msg = f"{op}: scale must be finite, got scale={scale}. Usual is 1 / sqrt(dh)."
         raise ArgumentError(msg)
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         msg = f"{op}: softcap must be positive, or 0 for none, got softcap={softcap}."
         raise ArgumentError(msg)
     if window < 0:

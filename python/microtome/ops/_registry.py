@@ -11,19 +11,24 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microtome import _native
+from microtome import _autocast, _native
 from microtome.errors import ArgumentError, BackendError
+from microtome.ops import _memory
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS: dict[str, Op] = {}
 _LIB = torch.library.Library("microtome", "DEF")  # type: ignore[no-untyped-call]
+_NOTHING: Any = nullcontext()
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 _demanded: list[
     str
 ] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
@@ -123,12 +128,15 @@ class Op:
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.arguments = tuple(inspect.signature(reference).parameters)
+        self.mutates = frozenset(mutates)
         last = Backend("reference", f"{reference.__module__}:{reference.__name__}", lambda *_: None)
         self.backends = (*backends, last)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         _LIB.define(self.name + schema)  # type: ignore[no-untyped-call]
         for key in ("CPU", "CUDA"):
             _LIB.impl(self.name, self._run, key)  # type: ignore[no-untyped-call]
+            if self.name in _autocast.DECISIONS:
+                _LIB.impl(self.name, self._cast, "Autocast" + key)  # type: ignore[no-untyped-call]
         qualified = f"microtome::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_LIB)
         if backward is not None:
@@ -177,13 +185,23 @@ class Op:
         return "\n".join(lines)
 
     def _run(self, *args: Any) -> Any:
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        run = self.choose(*args).run
-        if torch.is_autocast_enabled(device):
-            # Inside the body autocast would turn a reference's products into bf16 unasked.
-            with torch.autocast(device, enabled=False):
-                return run(*args)
-        return run(*args)
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        backend = self.choose(*args)
+        # Inside the body autocast would turn a reference's products into bf16 unasked.
+        off = torch.autocast(device.type, enabled=False) if _autocast.enabled(device) else _NOTHING
+        try:
+            with off:
+                return backend.run(*args)
+        except (RuntimeError, MemoryError) as error:
+            if not _memory.ran_out(error):
+                raise
+            raise _memory.described(self.name, backend.name, self.arguments, args, error) from error
+
+    def _cast(self, *args: Any) -> Any:
+        """The op inside `torch.autocast`: autograd sees the casts, a compiled graph too."""
+        names = ["" if name in self.mutates else name for name in self.arguments]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self.torch_op(*_autocast.cast(self.name, names, args))
 
 
 def demanded_backend() -> str | None:

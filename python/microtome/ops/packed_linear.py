@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check, _native
+from microtome import _autocast, _check, _native
 from microtome.ops._registry import Backend, Op, why_not_common
 from microtome.ops.pack_weights import FLOATS, check_outputs, check_packed, unpack_weights
 
@@ -49,7 +49,8 @@ def packed_linear(
     check_outputs(op, sizes, o)
     _check.dtype(op, FLOATS, x=x)
     _check.same_dtype(op, x=x, bias=bias, add=add)
-    check_packed(op, packed, o, sizes["i"], "fp32", x.dtype)
+    (dtype,) = _autocast.dtypes(op, {"x": x}).values()
+    check_packed(op, packed, o, sizes["i"], "fp32", dtype)
     _check.device(op, x=x, packed=packed, bias=bias, add=add)
     y: Tensor = _linear(x, packed, o, bias, add)
     return y

@@ -68,7 +68,7 @@ def sae_loss_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas above, one feature slot at a time."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    e = -x.to(wide)  # [n, d]
+    e = -x.contiguous().to(wide)  # [n, d]
     if b_dec is not None:
         e = e + b_dec.to(wide)
     for j in range(values.shape[1]):

@@ -44,6 +44,10 @@ def best_kind() -> str:
     return "bf16" if _native.why_absent() is None and _native.isa() == "amx" else "q15"
 
 
+# What torch.compiler.assume_constant_result sets, without importing the compiler to do so.
+best_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def screen_weights(W_enc: Tensor, kind: str = "auto") -> Screen:
     """Build the shadow of an encoder that `topk_encode` screens with.
 

@@ -73,10 +73,11 @@ def topk_encode(
     )
     _check.dtype(op, _check.FLOATS, x=x)
     _check.same_dtype(op, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
-    _check.device(op, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    kind, shadow, stats = screen if screen is not None else ("auto", None, None)
+    tensors = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
+    _check.device(op, **tensors, shadow=shadow, stats=stats)
     _check.between(op, "k", k, 1, sizes["f"], "f")
     _check.one_of(op, "precision", precision, PRECISIONS)
-    kind, shadow, stats = screen if screen is not None else ("auto", None, None)
     values, indices, candidates = _encode(x, W_enc, b_enc, b_dec, k, precision, kind, shadow, stats)
     return values, indices, candidates
 

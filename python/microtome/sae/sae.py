@@ -171,10 +171,10 @@ class SAE(nn.Module):
         A change is seen through the tensor's address and version counter. Writing through
         `W_enc.data` moves neither: call `drop_screen()` after it.
         """
+        if torch.compiler.is_compiling():  # first: a graph cannot ask whether W is for inference
+            return None
         W = self.W_enc
         if W.device.type != "cpu" or W.dtype != torch.float32 or W.is_inference():
-            return None
-        if torch.compiler.is_compiling():
             return None
         if self._screen is None or self._screen_key != self._key_now():
             self.keep_screen(screen_weights(W.detach()))
