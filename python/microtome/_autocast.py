@@ -56,6 +56,9 @@ DECISIONS: dict[str, Decision] = {
     "sae_update": Decision(FLOAT32, "parameters are float32 masters; only gradients are widened"),
     "feature_clamp": Decision(WIDEST, "the change is computed from the float32 rows of the SAE"),
     "solu": Decision(AS_GIVEN, "float32 inside at any dtype, so a cast would only cost memory"),
+    "solu_grad_x": Decision(
+        AS_GIVEN, "float32 inside at any dtype, so a cast would only cost memory"
+    ),
     "patch_rows": Decision(FLOAT32, _FLOAT32_ONLY),
     "pack_weights": Decision(FLOAT32, _FLOAT32_ONLY),
     "packed_linear": Decision(FLOAT32, _FLOAT32_ONLY, ("packed",)),

@@ -21,6 +21,13 @@ WAYS = {
     "sparse_decode_grad_values": _ROWS.format("grad_out and indices"),
     "sparse_decode_grad_W_dec": "The gradient is as large as W_dec: sae_update takes a step "
     "without forming it.",
+    "sparse_decode_csr": "Pass the entries of fewer rows at once, with their offsets.",
+    "sparse_decode_csr_grad_values": "Pass the entries of fewer rows at once, with their offsets.",
+    "sparse_decode_csr_grad_W_dec": "The gradient is as large as W_dec, and in float32 until it is "
+    "returned.",
+    "feature_clamp": _ROWS.format("x"),
+    "solu": _ROWS.format("x"),
+    "solu_grad_x": _ROWS.format("x"),
     "sae_loss": _ROWS.format("x, values and indices"),
     "sae_update": _ROWS.format("indices, values, grad_values, grad_out and x")
     + " Moments in bfloat16 or int8 (moments_for) take 2 or 1 bytes a weight instead of 4.",

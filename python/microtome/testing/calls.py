@@ -81,6 +81,7 @@ def calls(seed: int = 0, n: int = 4, screen: str = "auto") -> dict[str, Call]:
         Call("sae_loss", ops.sae_loss,
              {"x": x, **code, "W_dec": sae["W_dec"], "b_dec": sae["b_dec"]},
              ("x", "values", "indices"), ("x", "values", "W_dec", "b_dec")),
+        *_ragged(x, sae, draw),
         _update(x, code, sae, draw, screen),
         Call("patch_rows", ops.patch_rows,
              {"base": draw(2, n, d), "sources": draw(1, d), "rows": table((0, 0, n), (1, 1, n)),
@@ -118,6 +119,32 @@ def calls(seed: int = 0, n: int = 4, screen: str = "auto") -> dict[str, Call]:
              options={"activations": [ops.RELU, ops.IDENTITY]}),
     ]  # fmt: skip
     return {call.op: call for call in made}
+
+
+def _ragged(x: Tensor, sae: Inputs, draw: Callable[..., Tensor]) -> list[Call]:
+    """Codes whose rows have any number of entries, and what works on few features or whole rows."""
+    encoder = {w: sae[w] for w in ("W_enc", "b_enc", "b_dec")}
+    n, f = x.shape[0], sae["W_enc"].shape[0]
+    offsets = torch.arange(0, 2 * n + 1, 2)
+    entries = {"values": draw(2 * n), "indices": torch.arange(2 * n, dtype=torch.int32) % f}
+
+    def thresholded(**inputs: Any) -> tuple[Tensor, ...]:
+        code, window, candidates = ops.threshold_encode(**inputs)
+        return (*code, *window, candidates)
+
+    return [
+        Call("batch_topk_encode", ops.batch_topk_encode, {"x": x, **encoder}, ("x",),
+             ("x", *encoder), options={"k": 2}),
+        Call("threshold_encode", thresholded, {"x": x, **encoder, "threshold": draw(f).abs()},
+             ("x",), ("x", *encoder), options={"bandwidth": 0.5, "capacity": n * f}),
+        Call("sparse_decode_csr", ops.sparse_decode,
+             {**entries, "W_dec": sae["W_dec"], "b_dec": sae["b_dec"], "offsets": offsets},
+             (), ("values", "W_dec", "b_dec")),
+        Call("feature_clamp", ops.feature_clamp,
+             {"x": x, "features": torch.tensor([1, 4]), "targets": draw(2), **encoder,
+              "W_dec": sae["W_dec"]}, ("x",), ("x", "targets", *encoder, "W_dec")),
+        Call("solu", ops.solu, {"x": x}, ("x",), ("x",)),
+    ]  # fmt: skip
 
 
 def _update(x: Tensor, code: Inputs, sae: Inputs, draw: Callable[..., Tensor], kind: str) -> Call:
