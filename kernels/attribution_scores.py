@@ -10,7 +10,7 @@ from torch import Tensor
 
 from microtome import _native
 
-SIZE = 4096  # elements of a tile
+SIZE = 2048  # elements of a tile
 WIDEST = 2048  # columns of a unit in a tile; longer units take several turns
 
 
@@ -39,7 +39,7 @@ def _attribution_scores_kernel(
 
 
 def tile(cells: int, width: int, interpreted: bool) -> tuple[int, int]:
-    """Cells and columns of a tile: 4096 elements, more where a program costs milliseconds."""
+    """Cells and columns of a tile: 2048 elements, more where a program costs milliseconds."""
     columns = min(triton.next_power_of_2(max(width, 1)), WIDEST)
     room = max((1 << 17 if interpreted else SIZE) // columns, 1)
     return min(triton.next_power_of_2(max(cells, 1)), room), columns
