@@ -78,7 +78,7 @@ def _cascade_attention_kernel(
     """BM (query, head) pairs of one row and one key head: pair i is query i / group, its head i %
     group."""
     tile = tl.program_id(0)
-    row = tl.load(tile_row + tile)
+    row = tl.load(tile_row + tile).to(tl.int64)
     if row >= n:
         return
     tile -= tl.load(ends + row - 1, mask=row > 0, other=0)

@@ -77,7 +77,7 @@ def _outputs(
                         a = tl.dot(part, W, a, input_precision="ieee")
             a = activate(a + tl.load(bias_2 + j)[None, :], ACT_2)
         for k in range(0, o):
-            readout = tl.load(W_out + k * hidden + j, mask=j < hidden, other=0.0)
+            readout = tl.load(W_out + tl.cast(k, tl.int64) * hidden + j, mask=j < hidden, other=0.0)
             value = tl.sum(a * readout[None, :], 1) + tl.load(bias_out + k)
             tl.store(to + k, activate(value, ACT_OUT), mask=live)
 

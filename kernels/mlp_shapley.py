@@ -40,12 +40,13 @@ def _walks_kernel(
         which, b = walk // n, walk % n  # every background row walks each order
     else:
         which, b = walk, walk // each  # each its own
+    outputs = tl.cast(o, tl.int64)  # of which a walk may have 2^31
     v = out + (i * (rows // DIRECTIONS) + walk) * (DIRECTIONS * p + 1) * o
     for k in range(0, o):
         value = tl.load(empty + i * empty_row + b * o + k)
-        tl.store(v + tl.where(back, 2 * p, 0) * o + k, value, mask=live)
+        tl.store(v + tl.where(back, 2 * p, 0) * outputs + k, value, mask=live)
         value = tl.load(full + i * o + k + tl.zeros((BW,), tl.int32))
-        tl.store(v + p * o + k, value, mask=live & (row % DIRECTIONS == 0))
+        tl.store(v + p * outputs + k, value, mask=live & (row % DIRECTIONS == 0))
     unit = tl.arange(0, B1)
     known = (unit < wide)[None, :]
     h = tl.load(first + b[:, None] * wide + unit[None, :], mask=known, other=0.0)
@@ -71,8 +72,9 @@ def _walks_kernel(
             delta = tl.load(x + i * m + j) - tl.load(background + b * m + j)
             at = j[:, None] * wide + unit[None, :]
             h += delta[:, None] * tl.load(weight + at, mask=known, other=0.0)
+        to = v + tl.where(back, 2 * p - step, step) * outputs
         _outputs(
-            h, scratch, W_2, bias_2, W_out, bias_out, v + tl.where(back, 2 * p - step, step) * o,
+            h, scratch, W_2, bias_2, W_out, bias_out, to,
             live, o, hidden, DEPTH, ACT_1, ACT_2, ACT_OUT, BF16, RESIDENT, UPCAST, BW, B1, B2, BK,
         )  # fmt: skip
 

@@ -51,14 +51,16 @@ def _shapley_reduce_kernel(
     mask = live[:, None] & (column < p * o)[None, :]
     walk, ranked = row * U * A, row % S * U * (A // repeat)
     units = tl.zeros((BR, BC), tl.float64)
-    for u in tl.range(0, U, loop_unroll_factor=4):
+    for unit in tl.range(0, U, loop_unroll_factor=4):
+        u = tl.cast(unit, tl.int64)
         units += _unit_mean(
             values, ranks, walk + u * A, ranked + u * (A // repeat), player, output, mask,
             p, o, points, A, repeat, PAIRED,
         )  # fmt: skip
     units = units / U
     squares = tl.zeros((BR, BC), tl.float64)
-    for u in tl.range(0, U, loop_unroll_factor=4):
+    for unit in tl.range(0, U, loop_unroll_factor=4):
+        u = tl.cast(unit, tl.int64)
         apart = units - _unit_mean(
             values, ranks, walk + u * A, ranked + u * (A // repeat), player, output, mask,
             p, o, points, A, repeat, PAIRED,

@@ -114,6 +114,13 @@ def test_every_kernel_has_the_instructions_it_promises_and_none_it_forswears(
     assert not missing + broken
 
 
+def test_no_place_in_a_tensor_is_a_32_bit_product(way: Way, measured: Measured) -> None:
+    """Widen a factor in the kernel; where a product is small whatever comes, say why in the case's
+    `narrow`."""
+    narrow = sorted({product for m in measured.values() for product in m["narrow"]})
+    assert not narrow
+
+
 def test_no_kernel_outgrows_its_budget(way: Way, measured: Measured) -> None:
     versions = json.loads(BUDGET.read_text())
     # A Triton newer than the record is held to the newest that was recorded.

@@ -19,6 +19,7 @@ from typing import Any
 
 import triton
 from aot.case import Case
+from aot.products import narrow_products
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -83,6 +84,7 @@ def measure(case: Case, arch: int) -> dict[str, Any]:
         "kernel": f"{case.kernel.__module__.rpartition('.')[2]}.{case.kernel.__name__}",
         "needs": case.needs,
         "lacks": case.lacks,
+        "narrow": [p for p in narrow_products(compiled.asm["ttir"]) if p not in case.narrow],
         "registers": int(held["REG"]),
         "stack": int(held["STACK"]),
         "spill": sum(int((re.search(r"\.(64|128)", i) or [0, 32])[1]) // 8 for i in spilled),

@@ -40,6 +40,8 @@ class Case:
             or "i32/16" where the host function passes a multiple of 16.
         needs: counts of `triton_aot.measure` that may not be 0, such as "tensor_core".
         lacks: counts that must be 0, such as "fused" where every rounding is promised.
+        narrow: reasons why a 32-bit product stays below 2^31, by "module: product" as
+            `products.narrow_products` names it.
 
     An argument that none of these names is a pointer to float32; all pointers are aligned.
     """
@@ -51,6 +53,7 @@ class Case:
     scalars: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    narrow: Mapping[str, str] = field(default_factory=dict)
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], list[list[object]]]]:
         """Triton's type of each argument, and which are multiples of 16."""

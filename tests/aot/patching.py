@@ -12,6 +12,9 @@ SIZES = {
     **types("i32/16", "i o base_stride y_base_stride add_stride out_stride pairs"),
     "T": "i32",
 }
+PANEL = "32 outputs of a panel, or their pairs: 2^31 would be 2^27 inputs of one layer"
+HEADS = "a token's numbers before a head"
+PAIRS = "(query, head) pairs of one row and key head, which a grid of blocks covers"
 
 
 def cases() -> dict[str, Case]:
@@ -37,7 +40,11 @@ def linear() -> dict[str, Case]:
             {"out": "bf16"}, FUSED, SIZES,
         ),
         "delta_linear.unpack": Case(
-            delta_linear._unpack_kernel, {"BQ": 64}, types("i32", "packed out"), FUSED, SIZES
+            delta_linear._unpack_kernel, {"BQ": 64}, types("i32", "packed out"), FUSED, SIZES,
+            narrow={
+                "delta_linear: lane[:, None] * pairs": PANEL,
+                "delta_linear: q[:, None] * 32": PANEL,
+            },
         ),
     }  # fmt: skip
     tiles = {"HAS_ADD": True, "BN": delta_linear.BN, "BD": delta_linear.BD, "UPCAST": False}
@@ -46,6 +53,7 @@ def linear() -> dict[str, Case]:
         out[f"delta_linear.{name}"] = Case(
             delta_linear._delta_linear_kernel, {**tiles, "PREPARED": prepared, "BM": BM},
             pointers, delta_linear.OPTIONS, SIZES, needs=("tensor_core",),
+            narrow={"delta_linear: q * 32": PANEL},
         )  # fmt: skip
     return out
 
@@ -63,7 +71,14 @@ def attention() -> dict[str, Case]:
         **types("i32", "t h group window"),
         **types("fp32", "scale softcap most"),
     }
-    exact = {"needs": ("fused",), "lacks": ("tensor_core",)}
+    heads = ("head * dh", "head_1 * dh", "key_1 * dh", "key_1 * dv", "key_head * dh",
+             "key_head * dv", "key_head * group")  # fmt: skip
+    pairs_of = ("tile * BM", "tl.load(rows + row * 6 + 5) * group")
+    narrow = {
+        **{f"cascade_attention: {product}": HEADS for product in heads},
+        **{f"cascade_attention: {product}": PAIRS for product in pairs_of},
+    }
+    exact = {"needs": ("fused",), "lacks": ("tensor_core",), "narrow": narrow}
     out: dict[str, Case] = {}
     for dh, pairs, softcap in ((64, 1, False), (64, 32, False), (64, 64, False), (128, 64, True)):
         tile, warps = cascade_attention.geometry(pairs, dh, dh, False)

@@ -56,7 +56,8 @@ def encode() -> dict[str, Case]:
             **tensor_cores,
         ),
         "topk_encode.filter": Case(
-            topk_encode._filter_kernel, tiles, shadows, products, **tensor_cores
+            topk_encode._filter_kernel, tiles, shadows, products, **tensor_cores,
+            narrow={"topk_encode: row * 4": "rows of a block, whose lists fit the workspace"},
         ),
         **{f"topk_encode.{name}": Case(*rest, FUSED) for name, *rest in plain},
         "bf16.shadow": Case(bf16._shadow_kernel, shadow, {"shadow": "i16"}, FUSED),

@@ -13,6 +13,7 @@ from microtome.kernels import (
 )
 
 EXACT = {"enable_fp_fusion": False}
+WALK = "a walk's numbers, which columns of a tile count"
 RELU, GELU, SOFTPLUS = 1, 2, 9
 
 
@@ -36,6 +37,7 @@ def sampling() -> dict[str, Case]:
         shapley_reduce._shapley_reduce_kernel, {"PAIRED": True, "BR": BR, "BC": BC},
         {**types("i32", "ranks rows"), **types("fp64", "mean m2")}, EXACT,
         {**types("i32", "p S U A repeat points strata"), "o": "i32/16"},
+        narrow={"shapley_reduce: p * o": WALK},
     )  # fmt: skip
     return out
 
@@ -48,6 +50,7 @@ def gram() -> dict[str, Case]:
         f"coalition_gram.{what}": Case(
             coalition_gram._parts_kernel, {"GRAM": what == "gram", "BC": BC},
             {**double, "coalitions": "i64"}, coalition_gram.OPTIONS, sizes,
+            narrow={"coalition_gram: tl.cdiv(P, 32) * across": "programs of a launch"},
         )
         for what, BC in (("gram", 32), ("moments", 1))
     }  # fmt: skip
@@ -94,7 +97,13 @@ def mlp() -> dict[str, Case]:
         if name.startswith("fp32"):  # and not its tensor-core kin
             promise = {"needs": ("fused",), "lacks": ("tensor_core",)}
         out[f"mlp_shapley.{name}"] = Case(
-            mlp_shapley._walks_kernel, {**constants, **flags}, own, options, sizes, **promise
+            mlp_shapley._walks_kernel,
+            {**constants, **flags},
+            own,
+            options,
+            sizes,
+            **promise,
+            narrow={"mlp_shapley: DIRECTIONS * p": "steps of a walk there and back"},
         )
         if name == "bf16_128":
             out["mlp_shapley.ends"] = Case(
