@@ -1,5 +1,6 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
+from microtome._pending import check_now, synchronize
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.cascade_attention import cascade_attention, swap_key_attention
@@ -49,6 +50,7 @@ __all__ = [
     "UpdateRule",
     "attribution_scores",
     "cascade_attention",
+    "check_now",
     "coalition_gram",
     "coalition_inputs",
     "delta_linear",
@@ -64,6 +66,7 @@ __all__ = [
     "shapley_reduce",
     "sparse_decode",
     "swap_key_attention",
+    "synchronize",
     "topk_encode",
     "use_backend",
 ]
