@@ -18,7 +18,7 @@ from microtome.kernels.segments import (
 )
 from torch import Tensor
 
-from microtome import _check
+from microtome._look import look_after_writing
 
 # At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
 # machine.
@@ -167,8 +167,8 @@ def launch(
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
     latents.
 
-    With a screen it reads one number back to the host at the end, to raise for a step that went
-    beyond float32. While a CUDA graph is captured it cannot.
+    With a screen a step that went beyond float32 is an error: on a GPU that of a later call
+    (_pending.py), while a CUDA graph is captured none.
     """
     (n, k), (f, d) = indices.shape, W_enc.shape
     x, grad_out = x.contiguous(), grad_out.contiguous()
@@ -223,13 +223,8 @@ def launch(
             b_dec, grad, x if m_b_dec is None else m_b_dec, x if v_b_dec is None else v_b_dec,
             d, *rule, root, **kinds, BD=256, enable_fp_fusion=True,
         )  # fmt: skip
-    if (
-        refresh
-        and stats is not None
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        and not bool(stats[:, 1].sum().isfinite())
-    ):
-        _check.finite_rows("sae_update", "W_enc", W_enc)
+    if refresh and stats is not None:
+        look_after_writing("sae_update", "W_enc", W_enc, norms=stats[:, 1])
     return fired
 
 

@@ -29,7 +29,7 @@ from microtome.kernels.bf16 import products, shadow_rows
 from microtome.kernels.lists import append
 from torch import Tensor
 
-from microtome import _check
+from microtome._look import Look
 
 WORKSPACE = 64 * 2**20  # bytes of candidate lists, and again of repaired rows
 SAMPLE = 16  # every 16th feature is sampled
@@ -154,8 +154,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    Reads one number back to the host at the end, to raise for NaN and infinity. While a CUDA graph
-    is captured it cannot, and a row with NaN gets an arbitrary answer.
+    On a GPU nothing waits for the check of NaN and infinity: a later call raises (_pending.py).
+    While a CUDA graph is captured none is made, and a row with NaN gets an arbitrary answer.
     """
     given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
     return run(plan(x.shape[0], W_enc.shape[0], k), x, W_enc, b_enc, b_dec, k, given)
@@ -173,11 +173,9 @@ def run(
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
     if not x.is_cuda:  # interpreted: numpy would warn about NaN first
-        _raise_if_not_finite(x, W_enc, b_enc, b_dec)
-    probe = []
+        _look(x, W_enc, b_enc, b_dec, None)
     with torch.cuda.device_of(x):
         shadow = screen_of(W_enc, screen) if p.capacity < f and n else None
-        probe.append(W_enc.sum(dtype=torch.float32) if shadow is None else shadow[1].sum())
         for first in range(0, n, p.rows):
             rows = slice(first, min(first + p.rows, n))
             lists = select.Lists(rows.stop - first, p.capacity, x.device)
@@ -195,13 +193,8 @@ def run(
                 indices[rows],
                 candidates[rows],
             )
-    probe += [t.sum(dtype=torch.float32) for t in (x, b_enc, b_dec) if t is not None]
-    if (
-        x.is_cuda
-        and not torch.cuda.is_current_stream_capturing()
-        and not bool(torch.stack(probe).isfinite().all())
-    ):
-        _raise_if_not_finite(x, W_enc, b_enc, b_dec)
+    if x.is_cuda:
+        _look(x, W_enc, b_enc, b_dec, None if shadow is None else shadow[1][:, 1])
     return values, indices, candidates
 
 
@@ -254,12 +247,12 @@ def _screen(
 OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
-def _raise_if_not_finite(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
+def _look(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, norms: Tensor | None
 ) -> None:
-    _check.finite_rows("topk_encode", "x", x)
-    _check.finite_rows("topk_encode", "W_enc", W_enc)
-    if b_enc is not None:
-        _check.finite_rows("topk_encode", "b_enc", b_enc[:, None])
-    if b_dec is not None:
-        _check.finite_rows("topk_encode", "b_dec", b_dec[None])
+    look = Look("topk_encode", x.device)
+    look.finite("x", x)
+    look.finite("W_enc", W_enc, norms)
+    look.finite("b_enc", b_enc)
+    look.finite("b_dec", None if b_dec is None else b_dec[None])
+    look.submit()

@@ -19,7 +19,9 @@ _PUBLIC = {
     "capture": "microtome.models",
     "sites": "microtome.models",
     "ActivationStore": "microtome.models",
+    "check_now": "microtome.ops",
     "info": "microtome.ops",
+    "synchronize": "microtome.ops",
     "use_backend": "microtome.ops",
 }
 _MODULES = (

@@ -116,6 +116,14 @@ def one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
         raise ArgumentError(msg)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a check at the public edge may read numbers: not in a graph, nor back from a GPU.
+
+    There the op's body looks, or its kernel.
+    """
+    return not (torch.compiler.is_compiling() or tensor.is_cuda)
+
+
 def index_range(
     op: str, indices: Tensor, size: int, letter: str = "f", name: str = "indices"
 ) -> None:

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 
 class MicrotomeError(Exception):
-    """Base of all errors raised by microtome."""
+    """Base of all errors raised by microtome.
+
+    Attributes:
+        late: whether it is about an earlier call, whose check came back from a GPU only now.
+    """
+
+    late = False
 
 
 class ShapeError(MicrotomeError, ValueError):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from microtome import errors
+from microtome._memory import WAYS, amount, ran_out
 from microtome.ops import sparse_decode
-from microtome.ops._memory import WAYS, amount, ran_out
 from microtome.ops._registry import OPS, Backend, Op
 from microtome.testing import backends_of
 from microtome.testing.calls import Call, calls

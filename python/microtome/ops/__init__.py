@@ -1,6 +1,7 @@
 """The ops: each a torch op with a pure-PyTorch reference and as many native kernels as pay."""
 
 from microtome._csr import Entries
+from microtome._pending import check_now, synchronize
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.batch_topk_encode import batch_topk_encode
@@ -57,6 +58,7 @@ __all__ = [
     "attribution_scores",
     "batch_topk_encode",
     "cascade_attention",
+    "check_now",
     "coalition_gram",
     "coalition_inputs",
     "delta_linear",
@@ -75,6 +77,7 @@ __all__ = [
     "solu",
     "sparse_decode",
     "swap_key_attention",
+    "synchronize",
     "threshold_encode",
     "topk_encode",
     "use_backend",

@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import _autocast, _native
+from microtome import _autocast, _look, _memory, _native, _pending
 from microtome.errors import ArgumentError, BackendError
-from microtome.ops import _memory
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS: dict[str, Op] = {}
@@ -125,10 +124,16 @@ class Op:
         backward: Callable[..., Any] | None = None,
         setup_context: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
+        gathers: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
+        """`gathers`: an index argument -> the argument whose rows it numbers, and their letter."""
         self.name = reference.__name__.removesuffix("_reference")
         self.arguments = tuple(inspect.signature(reference).parameters)
         self.mutates = frozenset(mutates)
+        self.gathers = [
+            (self.arguments.index(index), index, self.arguments.index(table), letter)
+            for index, (table, letter) in (gathers or {}).items()
+        ]
         last = Backend("reference", f"{reference.__module__}:{reference.__name__}", lambda *_: None)
         self.backends = (*backends, last)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
@@ -186,7 +191,10 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        _pending.raise_finished(device)
         backend = self.choose(*args)
+        if device.type == "cuda":
+            args = self._within(device, args)
         # Inside the body autocast would turn a reference's products into bf16 unasked.
         off = torch.autocast(device.type, enabled=False) if _autocast.enabled(device) else _NOTHING
         try:
@@ -196,6 +204,16 @@ class Op:
             if not _memory.ran_out(error):
                 raise
             raise _memory.described(self.name, backend.name, self.arguments, args, error) from error
+
+    def _within(self, device: torch.device, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Indices on a GPU are looked at without waiting, and clamped: no backend reads outside."""
+        if not self.gathers:
+            return args
+        look, safe = _look.Look(self.name, device), list(args)
+        for at, name, table, letter in self.gathers:
+            safe[at] = look.indices(name, args[at], args[table].shape[0], letter)
+        look.submit()
+        return tuple(safe)
 
     def _cast(self, *args: Any) -> Any:
         """The op inside `torch.autocast`: autograd sees the casts, a compiled graph too."""

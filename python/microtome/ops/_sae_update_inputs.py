@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome._look import Look
 from microtome.errors import ArgumentError, DtypeError
 from microtome.ops import _sae_update_states as states
 from microtome.ops.screen_weights import KINDS, Screen, stride
@@ -227,13 +228,15 @@ def _check_moments(params: Params, moments: list[Tensor | None], rule: UpdateRul
 def check_contents(code: Code, x: Tensor, aux: Code | None, f: int) -> None:
     """Indices in range and numbers finite: one NaN here would spread over every parameter."""
     op = "sae_update"
-    _check.finite_rows(op, "x", x)
+    look = Look(op, x.device)
+    look.finite("x", x)
     for prefix, c in (("", code), ("aux_", aux)):
         if c is not None:
-            _check.index_range(op, c.indices, f)
-            _check.finite_rows(op, f"{prefix}values", c.values)
-            _check.finite_rows(op, f"{prefix}grad_values", c.grad_values)
-            _check.finite_rows(op, f"{prefix}grad_out", c.grad_out)
+            look.indices(f"{prefix}indices", c.indices, f)
+            look.finite(f"{prefix}values", c.values)
+            look.finite(f"{prefix}grad_values", c.grad_values)
+            look.finite(f"{prefix}grad_out", c.grad_out)
             if not math.isfinite(c.scale):
                 msg = f"{op}: scale must be finite, got scale={c.scale}."
                 raise ArgumentError(msg)
+    look.settle()  # on a GPU the one wait of a step: what is wrong must not reach the parameters

@@ -78,7 +78,7 @@ def delta_linear(
     _check.dtype(op, _check.INDICES, index=index)
     check_packed(op, packed, o, sizes["i"], "bf16", torch.bfloat16)
     _check.device(op, x=x, x_base=x_base, y_base=y_base, index=index, packed=packed, add=add)
-    if not torch.compiler.is_compiling():
+    if _check.readable(index):
         _check.index_range(op, index, sizes["r"], "r")
     y: Tensor = _delta(x, x_base, y_base, index, packed, o, add)
     return y
@@ -168,6 +168,7 @@ def _why_not_cpu(
 _delta = Op(
     delta_linear_reference,
     fake=_fake,
+    gathers={"index": ("x_base", "r")},
     backends=[
         triton_backend("microtome.kernels.delta_linear:launch", torch.float32, torch.bfloat16),
         Backend("cpu", f"{__name__}:_cpu", _why_not_cpu),

@@ -57,7 +57,7 @@ def sae_loss(
     _check.same_dtype("sae_loss", x=x, values=values, W_dec=W_dec, b_dec=b_dec)
     _check.dtype("sae_loss", _check.INDICES, indices=indices)
     _check.device("sae_loss", x=x, values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
-    if not torch.compiler.is_compiling():
+    if _check.readable(indices):
         _check.index_range("sae_loss", indices, sizes["f"])
     sse, grad_out, grad_values = _loss(x, values, indices, W_dec, b_dec)
     return sse, grad_out, grad_values
@@ -143,6 +143,7 @@ def _why_not_triton(x: Tensor, *rest: Tensor | None) -> str | None:
 _loss = Op(
     sae_loss_reference,
     fake=_fake,
+    gathers={"indices": ("W_dec", "f")},
     backends=(
         Backend("triton", "microtome.kernels.sae_loss:launch", _why_not_triton),
         Backend("cpu", f"{__name__}:_cpu_loss", partial(_why_not, "cpu")),

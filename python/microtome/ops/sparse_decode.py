@@ -41,7 +41,8 @@ def sparse_decode(
     Raises:
         ShapeError: the letters above do not agree.
         DtypeError: values, W_dec and b_dec differ in dtype, or indices are not integers.
-        ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries.
+        ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries. On
+            a GPU a later call raises it.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in values, W_dec, b_dec, to any order. Deterministic: the same bits for any
@@ -71,7 +72,7 @@ def sparse_decode(
     )
     if offsets is not None:
         check_offsets("sparse_decode", offsets, sizes["m"])
-    if not torch.compiler.is_compiling():
+    if _check.readable(indices):
         _check.index_range("sparse_decode", indices, sizes["f"])
     out: Tensor = (
         _decode(values, indices, W_dec, b_dec)
@@ -227,6 +228,7 @@ _grad_values = Op(
     sparse_decode_grad_values_reference,
     fake=lambda grad_out, indices, W_dec: grad_out.new_empty(indices.shape),
     backends=_native_backends("launch_grad_values", "_cpu_grad_values"),
+    gathers={"indices": ("W_dec", "f")},
     backward=_grad_values_backward,
     setup_context=_save_tensors,
 )
@@ -241,6 +243,7 @@ _decode = Op(
     sparse_decode_reference,
     fake=lambda values, indices, W_dec, b_dec: values.new_empty(values.shape[0], W_dec.shape[1]),
     backends=_native_backends("launch", "_cpu_decode"),
+    gathers={"indices": ("W_dec", "f")},
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -53,7 +53,8 @@ def topk_encode(
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: k or precision is out of its range.
-        NonFiniteError: x, W_enc or b_enc holds NaN or infinity; the message names the rows.
+        NonFiniteError: x, W_enc or b_enc holds NaN or infinity; the message names the rows. On a
+            GPU a later call raises it (docs/inside_torch.md).
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, W_enc, b_enc, b_dec (through the k selected features). Deterministic; ties

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from microtome._pending import check_now
 from microtome.ops._registry import Backend, Op
 
 
@@ -18,9 +19,9 @@ from microtome.ops._registry import Backend, Op
 def ops_on(device: str) -> Iterator[None]:
     """Inside the block the body of every op runs on copies of its tensors on `device`.
 
-    The copies keep strides and what lies between elements. What an op writes into its arguments is
-    written back. Autograd, torch.compile and the checks of the public functions see the tensors of
-    the test.
+    The copies keep strides and what lies between elements. What an op writes into its arguments
+    is written back. Checks are made before an op returns, as on the CPU. Autograd,
+    torch.compile and the checks of the public functions see the tensors of the test.
     """
     choose = Op.choose
 
@@ -31,7 +32,7 @@ def ops_on(device: str) -> Iterator[None]:
         moved.__dict__["run"] = lambda *_: run(op, backend, args, copies)  # before it is cached
         return moved
 
-    with mock.patch.object(Op, "choose", chosen):
+    with mock.patch.object(Op, "choose", chosen), check_now():
         yield
 
 

@@ -1,0 +1,133 @@
+"""What an op looks for in its inputs: NaN and infinity, indices out of range; now or later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microtome import _check, _memory
+from microtome import _pending as pending
+from microtome.errors import ArgumentError, MicrotomeError, NonFiniteError
+
+_NORMS = "NaN, infinity or numbers whose squares overflow float32"
+
+
+class Look:
+    """Looks at the inputs of one call of an op, now or later.
+
+    Args:
+        op: the op's name.
+        device: where its tensors are.
+    """
+
+    def __init__(self, op: str, device: torch.device) -> None:
+        self.op, self.device = op, device
+        self.now = pending.immediate(device)
+        self._health: list[Tensor] = []  # a number a row; finite where the row is sound
+        self._pieces: list[pending.Piece] = []
+
+    def finite(self, name: str, tensor: Tensor | None, norms: Tensor | None = None) -> None:
+        """Look for NaN and infinity.
+
+        Args:
+            name: of the input.
+            tensor: [rows, columns], or [rows]; None is skipped.
+            norms: [rows], the rows' norms where the call has them anyway: a later look then reads
+                those and not the tensor, and finds rows whose squares overflow float32, too.
+
+        Raises:
+            NonFiniteError: now, where looks are made now.
+        """
+        if tensor is None or tensor.numel() == 0:
+            return
+        if self.now:
+            _check.finite_rows(self.op, name, tensor if tensor.dim() == 2 else tensor[:, None])
+            return
+        if norms is not None:
+            self._add(norms, name, NonFiniteError, f"{name} holds {_NORMS}")
+            return
+        if tensor.dim() == 2:
+            tensor = torch.linalg.vector_norm(tensor, ord=float("inf"), dim=-1)  # [rows]
+        self._add(tensor, name, NonFiniteError, f"{name} holds NaN or infinity")
+
+    def indices(self, name: str, indices: Tensor, size: int, letter: str = "f") -> Tensor:
+        """Look for indices outside [0, size).
+
+        Returns:
+            The indices, where looks are made later clamped into the range, so that no kernel reads
+            outside.
+
+        Raises:
+            ArgumentError: now, where looks are made now.
+        """
+        if self.now:
+            _check.index_range(self.op, indices, size, letter, name)
+            return indices
+        if indices.numel() == 0 or size == 0:
+            return indices
+        clamped = indices.clamp(0, size - 1)
+        wrong = clamped != indices
+        wrong = wrong.any(-1) if wrong.dim() == 2 else wrong
+        health = torch.where(wrong, float("inf"), 0.0)
+        what = f"{name} must lie in [0, {letter}={size}), and do not"
+        self._add(health, name, ArgumentError, what)
+        return clamped
+
+    def _add(self, health: Tensor, name: str, kind: type[MicrotomeError], what: str) -> None:
+        self._health.append(health)
+        self._pieces.append(pending.Piece(name, health.numel(), kind, what))
+
+    def submit(self) -> Tensor | None:
+        """Send the question off.
+
+        Returns:
+            A verdict [1] float32 on the device for kernels that must not write when something is
+            wrong: 0, or NaN. None where all was looked at already. While a CUDA graph is captured
+            the verdict is all there is: nothing is read back, and nothing raised.
+        """
+        verdict, check = self._ask()
+        if check is not None:
+            pending.wait_for(check)
+        return verdict
+
+    def settle(self) -> None:
+        """Wait for the answer and raise: for an op that must not write when something is wrong.
+
+        Raises:
+            NonFiniteError, ArgumentError: something is. While a CUDA graph is captured nothing is
+                raised.
+        """
+        _, check = self._ask()
+        if check is not None:
+            check.event.synchronize()
+            error = check.error(late=False)
+            if error is not None:
+                raise error
+
+    def _ask(self) -> tuple[Tensor | None, pending.Check | None]:
+        if not self._health:
+            return None, None
+        health = torch.cat(self._health)  # of the widest dtype: no number overflows here
+        # Zero where finite, else NaN, which max prefers; of several the first.
+        value, place = torch.sub(health, health).max(0, keepdim=True)
+        if pending.gpu.capturing():
+            return value.float(), None
+        copies, event = pending.gpu.fetch([value, place])
+        return value.float(), pending.Check(
+            self.op, self.device, tuple(self._pieces), copies, event
+        )
+
+
+def look_after_writing(op: str, name: str, tensor: Tensor, norms: Tensor) -> None:
+    """`Look.finite` at what an op has already written.
+
+    Where memory is too short for the check it is not made: the state is whole, and an error would
+    say otherwise.
+    """
+    try:
+        look = Look(op, tensor.device)
+        look.finite(name, tensor, norms)
+        look.submit()
+    except (RuntimeError, MemoryError) as error:
+        if not _memory.ran_out(error):
+            raise
