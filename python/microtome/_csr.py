@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from microtome.errors import ArgumentError
+
 
 class Entries(NamedTuple):
     """A code by rows (CSR).
@@ -36,3 +38,13 @@ def rows_of(offsets: Tensor, entries: int) -> Tensor:
 def offsets_of(counts: Tensor) -> Tensor:
     """Row lengths [n] to offsets [n + 1] int64."""
     return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0, dtype=torch.int64)])
+
+
+def check_room(op: str, entries: int, room: int, what: str) -> None:
+    """Raise ArgumentError where there are more entries than there is room for."""
+    if entries > room:
+        msg = (
+            f"{op}: {entries} {what}, capacity={room}. "
+            f"Pass capacity={entries} or more, or None to size by the data."
+        )
+        raise ArgumentError(msg)

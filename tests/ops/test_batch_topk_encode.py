@@ -181,9 +181,10 @@ def test_float64_is_compared_in_float64() -> None:
 def test_strided_inputs_repeats_and_a_cached_screen_change_no_bit(backend: str) -> None:
     i = inputs_of(Case("strided", 6, 18, 700, 5))
     wide = {n: torch.stack([t, t], -1)[..., 0] for n, t in i.items()}
+    screen = screen_weights(i["W_enc"], "bf16")
     with use_backend(backend):
         usual, again, views = call(i, 5), call(i, 5), call(wide, 5)
-        screened = call(i, 5, screen=screen_weights(i["W_enc"], "bf16"))
+        screened = call(i, 5, screen=screen)
     for other in (again, views, screened):
         assert all(map(torch.equal, usual, other))
 

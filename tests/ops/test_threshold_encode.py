@@ -176,13 +176,14 @@ def test_float64_is_compared_in_float64() -> None:
 def test_strided_inputs_repeats_and_a_cached_screen_change_no_bit(backend: str) -> None:
     i = inputs_of(Case("strided", 6, 18, 300, 3))
     wide = {n: torch.stack([t, t], -1)[..., 0] for n, t in i.items()}
+    screen = screen_weights(i["W_enc"], "bf16")
     with use_backend(backend):
         usual, again, views = (
             call(i, bandwidth=0.5),
             call(i, bandwidth=0.5),
             call(wide, bandwidth=0.5),
         )
-        screened = call(i, bandwidth=0.5, screen=screen_weights(i["W_enc"], "bf16"))
+        screened = call(i, bandwidth=0.5, screen=screen)
     for other in (again, views, screened):
         assert all(map(torch.equal, usual.code, other.code))
         assert all(map(torch.equal, usual.window, other.window))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from microtome._csr import Entries, offsets_of
+from microtome._csr import Entries, check_room, offsets_of
 from microtome.errors import ArgumentError
 from microtome.ops import _csr_encode as shared
 from microtome.ops._registry import Op, triton_backend
@@ -149,20 +149,10 @@ def threshold_encode_reference(
         values, indices, counts = (torch.cat(parts) for parts in zip(*entries, strict=True))
         fixed = capacity is not None and (bandwidth > 0 or not out)
         room = capacity if fixed and capacity is not None else values.numel()
-        check_room(values.numel(), room, what)
+        check_room(OP, values.numel(), room, what)
         out += [_padded(values, room), _padded(indices, room), offsets_of(counts)]
     candidates = torch.full((n,), f, dtype=torch.int32, device=x.device)
     return out[0], out[1], out[2], out[3], out[4], out[5], candidates
-
-
-def check_room(entries: int, room: int, what: str = "entries") -> None:
-    """Raise ArgumentError where there are more entries than there is room for."""
-    if entries > room:
-        msg = (
-            f"{OP}: {entries} {what}, capacity={room}. "
-            f"Pass capacity={entries} or more, or None to size by the data."
-        )
-        raise ArgumentError(msg)
 
 
 def _padded(entries: Tensor, room: int) -> Tensor:

@@ -1,0 +1,290 @@
+"""Candidates for rows of any length: filter by an upper bound, compute, set overflow apart.
+
+Shared by `batch_topk_encode` and `threshold_encode`. A row is either listed (every feature that
+could matter is on its list, with its float32 value) or whole (all f values are computed). Whole
+rows are few; the first `slots` of them have their values in a scratch, of the others each kernel
+computes them again, one row after another, so that no host needs to know how many there are. A
+value comes from the same float32 sum either way.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from microtome.kernels import topk_select as select
+from microtome.kernels.bf16 import products, shadow_rows
+from microtome.kernels.lists import append
+from microtome.kernels.topk_select import _dots
+from torch import Tensor
+
+from microtome import _check
+
+WORKSPACE = 64 * 2**20  # bytes of the values of whole rows
+OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+SCAN = 512  # values of a whole row looked at together
+LISTED = (8, 64)  # rows, and candidates of each, looked at together
+
+
+class Rows:
+    """The rows of one call and what is known about them.
+
+    Attributes:
+        lists: count [n], index and value [n, capacity], failed [n] and failures [1]: whole rows in
+            no particular order. A whole row's count is 0.
+        passed: [n] int32, features that passed the filter; f for a whole row.
+        scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
+            program over whole rows computes those of a later one.
+        bad: [1] int32, 1 where a value was not finite.
+        weights: x, b_dec, W_enc, b_enc, x in place of what is absent.
+        has: constants of the kernels that compute values.
+    """
+
+    def __init__(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, capacity: int,
+        slots: int,
+    ) -> None:  # fmt: skip
+        n, f = x.shape[0], W_enc.shape[0]
+        self.n, self.f, self.d, self.capacity, self.slots = n, f, x.shape[1], capacity, slots
+        self.lists = select.Lists(n, capacity, x.device)
+        self.passed = torch.full((n,), f, dtype=torch.int32, device=x.device)
+        self.bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+        whole = slots if capacity < f else 0  # a list of all features overflows never
+        self.scratch = torch.empty(max(2 * whole, 1), f, dtype=torch.float32, device=x.device)
+        self.weights = (
+            x,
+            x if b_dec is None else b_dec,
+            W_enc,
+            x if b_enc is None else b_enc,
+        )
+        self.biases = (b_enc, b_dec)
+        self.has = {
+            "HAS_B_DEC": b_dec is not None,
+            "HAS_BIAS": b_enc is not None,
+            "BD": select.WIDTH,
+        }
+
+    @property
+    def everything(self) -> bool:
+        """Whether every list holds all features, so that nothing is screened."""
+        return self.capacity == self.f
+
+    def listed(self) -> tuple[tuple[int], dict[str, int]]:
+        """Grid and tile of a kernel over listed rows; interpreted, a program costs milliseconds."""
+        BN, BC = LISTED if self.passed.is_cuda else (32, 64)
+        return (triton.cdiv(self.n, BN),), {"BN": BN, "BC": BC}
+
+    def whole(self) -> tuple[tuple[int], dict[str, int]]:
+        """Grid and tile of a kernel over whole rows."""
+        return (self.slots,), {"BN": 1, "BC": SCAN}
+
+
+def slots_of(n: int, f: int) -> int:
+    """Whole rows that the workspace holds."""
+    return max(1, min(WORKSPACE // (8 * max(f, 1)), n))
+
+
+@triton.jit
+def _filter_kernel(
+    x, x_stats, W, w_stats, b_enc, theta, count, index, rows, f, d, x_stride, w_stride, capacity,
+    unit, half,
+    HAS_BIAS: tl.constexpr, PER_COLUMN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Append every feature whose float32 value may reach theta - half.
+
+    The bound on |score - value| is that of `topk_encode`'s filter:
+        |w| (|c - cb| + 6 d u N) + |w - wb| N (1 + 4 d u),   N = |c| + |c - cb|,   u = 2^-24.
+    theta is one number, or one for each feature; its subtraction may round up, which the last
+    factor covers.
+    """
+    row_tiles = tl.cdiv(rows, BM)
+    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
+    feature = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
+    live = row < rows
+    inside = feature < f
+    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
+    if HAS_BIAS:
+        score += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)[None, :]
+    norm = tl.load(x_stats + row * 4 + 1, mask=live, other=0.0)
+    lost = tl.load(x_stats + row * 4 + 2, mask=live, other=0.0)
+    norm += lost
+    of_w = (lost + 6.0 * unit * norm) * 1.0001
+    of_lost = norm * (1.0 + 4.0 * unit) * 1.0001
+    w_norm = tl.load(w_stats + feature.to(tl.int64) * 4 + 1, mask=inside, other=0.0)
+    w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=inside, other=0.0)
+    highest = score + of_w[:, None] * w_norm[None, :] + of_lost[:, None] * w_lost[None, :]
+    highest += tl.abs(score) * 1e-6
+    if PER_COLUMN:
+        least = tl.load(theta + feature, mask=inside, other=0.0)
+    else:
+        least = tl.load(theta) + tl.zeros((BN,), tl.float32)
+    lowest = (least - half) - (tl.abs(least) + half) * 1e-6
+    # Not (>=): an overflowed bound is NaN and must keep its feature.
+    keep = ~(highest < lowest[None, :]) & live[:, None] & inside[None, :]
+    append(keep, row, live, feature, count, index, capacity, BM, BN)
+
+
+@triton.jit
+def _overflow_kernel(count, passed, failed, failures, rows, capacity, BN: tl.constexpr):
+    """Make rows whose list overflowed whole."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    live = row < rows
+    many = tl.load(count + row, mask=live, other=0)
+    over = many > capacity
+    tl.store(passed + row, many, mask=live & ~over)
+    set_apart(row, over, count, failed, failures, BN)
+
+
+@triton.jit
+def set_apart(row, which, count, failed, failures, BN: tl.constexpr):
+    """Make the rows that `which` [BN] marks whole: on the list of whole rows, no list of theirs."""
+    at = tl.atomic_add(
+        failures + tl.zeros((BN,), tl.int32), which.to(tl.int32), mask=which, sem="relaxed"
+    )
+    tl.store(failed + at, row, mask=which)
+    tl.store(count + row, tl.zeros((BN,), tl.int32), mask=which)
+
+
+@triton.jit
+def _whole_kernel(
+    x, b_dec, W, bias, failed, failures, scratch, f, d, slots,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """All values of the first `slots` whole rows; a program per block of features."""
+    feature = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+    for slot in range(0, tl.minimum(tl.load(failures), slots)):
+        row = tl.load(failed + slot + tl.arange(0, 1)).to(tl.int64)
+        result = _dots(
+            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
+        )
+        tl.store(scratch + tl.cast(slot, tl.int64) * f + feature, result, mask=feature < f)
+
+
+@triton.jit
+def place_of(turn, slots):
+    """The row of the scratch that holds a whole row's values: its own, or the program's."""
+    return tl.program_id(0).to(tl.int64) + tl.where(turn >= slots, slots, 0)
+
+
+@triton.jit
+def refill(
+    x, b_dec, W, bias, row, scratch, f, d,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Compute all values of one row [1] into this program's scratch [f]."""
+    tl.debug_barrier()
+    for first in range(0, f, BC):
+        feature = (first + tl.arange(0, BC))[None, :]
+        result = _dots(
+            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
+        )
+        tl.store(scratch + feature, result, mask=feature < f)
+    tl.debug_barrier()
+
+
+def block(rows: Rows) -> int:
+    """Features of a whole row computed together."""
+    return select.TILE[1] if rows.passed.is_cuda else 512
+
+
+def screen_of(
+    x: Tensor, W_enc: Tensor, b_dec: Tensor | None, kind: str, shadow: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """bf16 shadows and statistics: of x minus b_dec, and of W_enc, given or made in one pass."""
+    mine = shadow_rows(x, b_dec)
+    if kind == "bf16" and shadow is not None and stats is not None:
+        return (*mine, shadow.view(torch.bfloat16), stats)
+    return (*mine, *shadow_rows(W_enc, None))
+
+
+def tiles(rows: Rows) -> dict[str, int | bool]:
+    """Rows, features and columns of a tile of bf16 products."""
+    BM = min(max(triton.next_power_of_2(max(rows.n, 1)), 16), 128)
+    return {"BM": BM, "BN": 128, "BD": 64, "UPCAST": not rows.passed.is_cuda}
+
+
+def filter_rows(
+    rows: Rows, screen: tuple[Tensor, Tensor, Tensor, Tensor], theta: Tensor, half: float,
+    per_column: bool,
+) -> None:  # fmt: skip
+    """Fill the lists with the features that may reach theta ([1] or [f]) - half."""
+    x_shadow, x_stats, w_shadow, w_stats = screen
+    tile, bias = tiles(rows), rows.biases[0]
+    lists = rows.lists
+    grid = (triton.cdiv(rows.n, tile["BM"]) * triton.cdiv(rows.f, tile["BN"]),)
+    _filter_kernel[grid](
+        x_shadow, x_stats, w_shadow, w_stats, w_stats if bias is None else bias, theta,
+        lists.count, lists.index, rows.n, rows.f, rows.d, x_shadow.stride(0), w_shadow.stride(0),
+        rows.capacity, rows.d * 2.0**-24, half, HAS_BIAS=bias is not None, PER_COLUMN=per_column,
+        **tile, **OPTIONS,
+    )  # fmt: skip
+
+
+def compute(rows: Rows) -> None:
+    """float32 values of what is listed (of everything, where the lists hold everything)."""
+    lists = rows.lists
+    if rows.everything:
+        lists.count.fill_(rows.f)
+    BN, BC = select.TILE if rows.passed.is_cuda else (32, 32)
+    select._value_kernel[(triton.cdiv(rows.n, BN), triton.cdiv(rows.capacity, BC))](
+        *rows.weights, lists.count, lists.index, lists.value, rows.n, rows.d, rows.capacity,
+        ALL=rows.everything, BN=BN, BC=BC, **rows.has, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def set_overflowed_apart(rows: Rows) -> None:
+    """Make rows whose list overflowed whole."""
+    lists = rows.lists
+    BN = 128
+    _overflow_kernel[(triton.cdiv(rows.n, BN),)](
+        lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.capacity, BN=BN
+    )
+
+
+def compute_whole(rows: Rows) -> None:
+    """Values of the first whole rows."""
+    BC = block(rows)
+    _whole_kernel[(triton.cdiv(rows.f, BC),)](
+        *rows.weights, rows.lists.failed, rows.lists.failures, rows.scratch, rows.f, rows.d,
+        rows.slots, BC=BC, **rows.has, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing can be read back."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def probe(W_enc: Tensor, screen_stats: Tensor | None, *rest: Tensor | None) -> Tensor:
+    """One number, finite only if the weights are: features that are -inf pass no filter."""
+    parts = [W_enc.sum(dtype=torch.float32) if screen_stats is None else screen_stats[:, :3].sum()]
+    parts += [t.sum(dtype=torch.float32) for t in rest if t is not None]
+    return torch.stack(parts).sum()
+
+
+def raise_if_not_finite(
+    op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
+    threshold: Tensor | None = None, overflowed: bool = False,
+) -> None:  # fmt: skip
+    """Raise NonFiniteError naming the rows that hold NaN or infinity.
+
+    overflowed: a pre-activation was not finite, so raise even where all inputs are.
+    """
+    columns = {"b_enc": b_enc, "threshold": threshold}
+    _check.finite_rows(op, "x", x)
+    _check.finite_rows(op, "W_enc", W_enc)
+    for name, column in columns.items():
+        if column is not None:
+            _check.finite_rows(op, name, column[:, None])
+    if b_dec is not None:
+        _check.finite_rows(op, "b_dec", b_dec[None])
+    if overflowed:
+        centred = x.float() if b_dec is None else x.float() - b_dec.float()
+        for first in range(0, x.shape[0], 64):
+            z = centred[first : first + 64] @ W_enc.float().T
+            bad = (~torch.isfinite(z)).any(-1).nonzero().flatten()
+            if bad.numel():
+                _check.rows(op, "x W_enc^T", bad + first)

@@ -1,0 +1,295 @@
+"""The pre-activations above their feature's threshold, and the window about it.
+
+`csr_rows` lists every feature whose value could lie above the lower edge of the window (or above
+the threshold, where there is no window), computes those in float32 and sets rows that overflow
+apart. The values decide; counts of both kinds by row give the offsets; each row then places its
+entries by their features. Without a capacity the host reads how many there are before it makes room
+for them.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from microtome.kernels import csr_rows as csr
+from microtome.kernels.csr_rows import place_of, refill
+from torch import Tensor
+
+from microtome._csr import check_room, offsets_of
+from microtome.errors import ArgumentError
+
+OP = "threshold_encode"
+SPARSE = 64  # a list has room for one feature in so many, and for LEAST
+LEAST = 256
+
+
+def capacity_of(f: int) -> int:
+    """Candidates a row may keep: lists take 1/32 of what the float32 pre-activations would."""
+    return min(64 * -(-max(f // SPARSE, LEAST) // 64), f)
+
+
+@triton.jit
+def _near(value, threshold, half):
+    """Which values lie within the window, as float32 tensors say."""
+    return tl.abs(value - threshold) < half
+
+
+@triton.jit
+def _tally(
+    values, index, start, length, theta, half, bad,
+    LISTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """How many of the rows' values [BN] lie above their threshold, and how many in the window."""
+    many = tl.zeros((BN,), tl.int32)
+    close = tl.zeros((BN,), tl.int32)
+    wrong = tl.zeros((BN,), tl.int32)
+    for first in range(0, tl.max(length, 0), BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        mask = at < length[:, None]
+        value = tl.load(values + start[:, None] + at, mask=mask, other=0.0)
+        feature = tl.load(index + start[:, None] + at, mask=mask, other=0) if LISTED else at
+        threshold = tl.load(theta + feature, mask=mask, other=0.0)
+        many += tl.sum((mask & (value > threshold)).to(tl.int32), 1)
+        if WINDOW:
+            close += tl.sum((mask & _near(value, threshold, half)).to(tl.int32), 1)
+        finite = tl.abs(value) < float("inf")
+        wrong = tl.maximum(wrong, tl.max((mask & ~finite).to(tl.int32), 1))
+    tl.store(bad + tl.zeros((BN,), tl.int32), wrong, mask=wrong > 0)
+    return many, close
+
+
+@triton.jit
+def _count_kernel(
+    x, b_dec, W, bias, failed, failures, scratch, count, index, value, theta, many, close, bad,
+    rows, f, d, capacity, slots, half,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr,
+    WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    if WHOLE:
+        for turn in range(tl.program_id(0), tl.load(failures), slots):
+            row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
+            mine = scratch + place_of(turn, slots) * f
+            if turn >= slots:
+                refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+            length = tl.zeros((BN,), tl.int32) + f
+            a, b = _tally(mine, index, row * 0, length, theta, half, bad, False, WINDOW, BN, BC)
+            tl.store(many + row, a)
+            tl.store(close + row, b)
+    else:
+        row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        length = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
+        start = row * capacity
+        a, b = _tally(value, index, start, length, theta, half, bad, True, WINDOW, BN, BC)
+        tl.store(many + row, a, mask=row < rows)
+        tl.store(close + row, b, mask=row < rows)
+
+
+@triton.jit
+def _place(values, indices, at, room, value, feature, mask):
+    """Store entries where there is room for them."""
+    mask = mask & (at < room)
+    tl.store(values + at, value.to(values.dtype.element_ty), mask=mask)
+    tl.store(indices + at, feature, mask=mask)
+
+
+@triton.jit
+def _write_kernel(
+    count, index, value, theta, offsets, values, indices, near_offsets, near_values, near_indices,
+    rows, capacity, room, near_room, half,
+    WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Place each entry of the listed rows by how many of its row have a lower feature."""
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    live = row < rows
+    listed = tl.minimum(tl.load(count + row, mask=live, other=0), capacity)[:, None]
+    begin = tl.load(offsets + row, mask=live, other=0)[:, None]
+    near_begin = tl.load(near_offsets + row, mask=live, other=0)[:, None]
+    most = tl.max(tl.max(listed, 1), 0)
+    for first in range(0, most, BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        place = row[:, None] * capacity + at
+        mine = tl.load(value + place, mask=at < listed, other=0.0)  # [BN, BC]
+        feature = tl.load(index + place, mask=at < listed, other=0)
+        threshold = tl.load(theta + feature, mask=at < listed, other=0.0)
+        lower = tl.zeros((BN, BC), tl.int32)
+        near_lower = tl.zeros((BN, BC), tl.int32)
+        for other in range(0, most, BC):
+            to = (other + tl.arange(0, BC))[None, :]
+            place = row[:, None] * capacity + to
+            their = tl.load(value + place, mask=to < listed, other=0.0)
+            their_feature = tl.load(index + place, mask=to < listed, other=0)
+            edge = tl.load(theta + their_feature, mask=to < listed, other=0.0)
+            before = their_feature[:, None, :] < feature[:, :, None]
+            theirs = (to < listed) & (their > edge)
+            lower += tl.sum((before & theirs[:, None, :]).to(tl.int32), 2)
+            if WINDOW:
+                theirs = (to < listed) & _near(their, edge, half)
+                near_lower += tl.sum((before & theirs[:, None, :]).to(tl.int32), 2)
+        mask = (at < listed) & (mine > threshold)
+        _place(values, indices, begin + lower, room, mine, feature, mask)
+        if WINDOW:
+            mask = (at < listed) & _near(mine, threshold, half)
+            place = near_begin + near_lower
+            _place(near_values, near_indices, place, near_room, mine, feature, mask)
+
+
+@triton.jit
+def _write_whole_kernel(
+    x, b_dec, W, bias, failed, failures, scratch, theta, offsets, values, indices, near_offsets,
+    near_values, near_indices, f, d, slots, room, near_room, half,
+    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """Place the entries of each whole row one after another."""
+    for turn in range(tl.program_id(0), tl.load(failures), slots):
+        rows = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
+        mine = scratch + place_of(turn, slots) * f
+        if turn >= slots:
+            refill(x, b_dec, W, bias, rows, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+        row = tl.load(failed + turn).to(tl.int64)
+        begin = tl.load(offsets + row)
+        near_begin = tl.load(near_offsets + row)
+        for first in range(0, f, BC):
+            feature = first + tl.arange(0, BC)
+            value = tl.load(mine + feature, mask=feature < f, other=0.0)
+            threshold = tl.load(theta + feature, mask=feature < f, other=0.0)
+            above = (feature < f) & (value > threshold)
+            at = begin + tl.cumsum(above.to(tl.int32), 0) - 1
+            _place(values, indices, at, room, value, feature, above)
+            begin += tl.sum(above.to(tl.int32), 0)
+            if WINDOW:
+                near = (feature < f) & _near(value, threshold, half)
+                at = near_begin + tl.cumsum(near.to(tl.int32), 0) - 1
+                _place(near_values, near_indices, at, near_room, value, feature, near)
+                near_begin += tl.sum(near.to(tl.int32), 0)
+
+
+Entries = tuple[Tensor, Tensor, Tensor]
+
+
+def launch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor | None,
+    bandwidth: float, capacity: int | None, precision: str, kind: str, shadow: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored."""
+    f = W_enc.shape[0]
+    screen = (kind, shadow, stats)
+    return run(capacity_of(f), csr.slots_of(x.shape[0], f), x, W_enc, b_enc, b_dec, threshold,
+               bandwidth, capacity, screen)  # fmt: skip
+
+
+def run(
+    kept: int, slots: int, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
+    threshold: Tensor | None, bandwidth: float, capacity: int | None,
+    screen: tuple[str, Tensor | None, Tensor | None] = ("auto", None, None),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer."""
+    n = x.shape[0]
+    x, W_enc = x.contiguous(), W_enc.contiguous()
+    b_enc = None if b_enc is None else b_enc.contiguous()
+    b_dec = None if b_dec is None else b_dec.contiguous()
+    captured = csr.capturing(x)
+    if captured and capacity is None:
+        msg = (
+            f"{OP}: while a CUDA graph is captured the number of entries cannot be read. "
+            "Pass capacity=."
+        )
+        raise ArgumentError(msg)
+    if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
+        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold)
+    if n == 0:
+        return _nothing(x, bandwidth, capacity)
+    theta = (
+        torch.zeros(W_enc.shape[0], dtype=torch.float32, device=x.device)
+        if threshold is None
+        else threshold.float().contiguous()
+    )
+    half, window = bandwidth / 2, bandwidth > 0
+    with torch.cuda.device_of(x):
+        rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots)
+        w_stats = None
+        if not rows.everything:
+            shadows = csr.screen_of(x, W_enc, b_dec, *screen)
+            w_stats = shadows[3]
+            csr.filter_rows(rows, shadows, theta, half, per_column=True)
+        csr.compute(rows)
+        if not rows.everything:
+            csr.set_overflowed_apart(rows)
+            csr.compute_whole(rows)
+        many = torch.zeros(2, n, dtype=torch.int32, device=x.device)
+        _count(rows, theta, half, window, many)
+        offsets, near_offsets = offsets_of(many[0]), offsets_of(many[1])
+        probe = csr.probe(W_enc, w_stats, b_enc, b_dec, threshold)
+        read = [offsets[-1].double(), near_offsets[-1].double(), rows.bad[0].double(), probe]
+        sizes = [0, 0]
+        if not captured:
+            *counted, bad, finite = torch.stack([t.double() for t in read]).tolist()
+            if bad or not math.isfinite(finite):
+                csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold, bool(bad))
+            sizes = [int(m) for m in counted]
+        rooms = [sizes[0] if capacity is None else capacity, 0]
+        if window:
+            rooms[1] = sizes[1] if capacity is None else capacity
+        if capacity is not None:
+            for size, room, what in zip(sizes, rooms, ("entries", "entries in the window"),
+                                        strict=True):  # fmt: skip
+                check_room(OP, size, room, what)
+        out: list[Tensor] = []
+        for room, ends in zip(rooms, (offsets, near_offsets), strict=True):
+            out += [x.new_zeros(room), many.new_zeros(room), ends]
+        _write(rows, theta, half, window, out, rooms)
+    candidates = rows.passed
+    if captured:
+        for i, room in enumerate(rooms[: 1 + window]):
+            candidates = torch.where(out[3 * i + 2][1:] > room, -1, candidates)
+            out[3 * i + 2] = out[3 * i + 2].clamp(max=room)
+    return (*out, candidates)
+
+
+def _nothing(x: Tensor, bandwidth: float, capacity: int | None) -> tuple[Tensor, ...]:
+    """The answer to no rows."""
+    out: list[Tensor] = []
+    for room in (capacity or 0, capacity or 0 if bandwidth > 0 else 0):
+        indices = torch.zeros(room, dtype=torch.int32, device=x.device)
+        out += [x.new_zeros(room), indices, indices.new_zeros(1, dtype=torch.int64)]
+    return (*out, out[1].new_empty(0))
+
+
+def _count(rows: csr.Rows, theta: Tensor, half: float, window: bool, many: Tensor) -> None:
+    """Entries of every row, and entries of its window, into many [2, n]."""
+    lists = rows.lists
+    for apart in (False, True)[: 1 + (not rows.everything)]:
+        grid, tile = rows.whole() if apart else rows.listed()
+        _count_kernel[grid](
+            *rows.weights, lists.failed, lists.failures, rows.scratch, lists.count, lists.index,
+            lists.value, theta, many[0], many[1], rows.bad, rows.n, rows.f, rows.d, rows.capacity,
+            rows.slots, half,
+            WHOLE=apart, WINDOW=window, BF=csr.block(rows), **tile, **rows.has,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _write(
+    rows: csr.Rows, theta: Tensor, half: float, window: bool, out: list[Tensor], rooms: list[int]
+) -> None:
+    """Write the entries of every row."""
+    lists = rows.lists
+    values, indices, offsets, near_values, near_indices, near_offsets = out
+    entries = (theta, offsets, values, indices, near_offsets, near_values, near_indices)
+    BN = 1 if values.is_cuda else 32
+    _write_kernel[(triton.cdiv(rows.n, BN),)](
+        lists.count, lists.index, lists.value, *entries, rows.n, rows.capacity, *rooms, half,
+        WINDOW=window, BN=BN, BC=64,
+    )  # fmt: skip
+    if not rows.everything:
+        grid, tile = rows.whole()
+        _write_whole_kernel[grid](
+            *rows.weights, lists.failed, lists.failures, rows.scratch, *entries, rows.f, rows.d,
+            rows.slots, *rooms, half, WINDOW=window, BF=csr.block(rows), **tile, **rows.has,
+            enable_fp_fusion=True,
+        )  # fmt: skip
