@@ -1,8 +1,7 @@
 """Compile Triton kernels for GPUs that need not be here; print what came of it as JSON.
 
 Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are
-those that the host functions choose at d = 768, f = 24576, k = 32 (and d = 2304 for the update,
-which holds the most), and for patching at 16384 tokens, d = 768, heads of 64 and 128.
+those that the host functions choose at d = 768, f = 24576, k = 32, and for patching at 16384 tokens, d = 768, heads of 64 and 128.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from microtome.kernels import (
     mlp_shapley,
     patch_rows,
     sae_loss,
-    sae_update,
     segments,
     shapley_reduce,
     sparse_decode,
@@ -251,40 +249,6 @@ def sae_cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
             pointers,
             sae_loss.warps(BN, BD),
         )
-    out["segments.chunk"] = (
-        segments._chunk_kernel,
-        {"CHUNK": segments.CHUNK, "BL": 1, "BD": 1024},
-        {},
-        4,
-    )
-    flags = {
-        "ROWSPARSE": False,
-        "PROJECT": True,
-        "RENORM": True,
-        "CENTER": True,
-        "CHUNK": segments.CHUNK,
-        "BE": 32,
-    }
-    for wide in (d, 2304):
-        _, _, BL, BD, warps = sae_update.geometry(f, wide, False)
-        constants = {
-            **flags,
-            "OPTIMIZER": "adam",
-            "MOMENTUM": True,
-            "SHADOW": True,
-            "BL": BL,
-            "BD": BD,
-        }
-        out[f"sae_update.{wide}"] = (
-            sae_update._sae_update_kernel,
-            constants,
-            {"shadow": "i16"},
-            warps,
-        )
-    out["sae_update.bias"] = (
-        sae_update._sae_update_bias_kernel, {"OPTIMIZER": "adam", "MOMENTUM": True, "BD": 256},
-        {}, 4,
-    )  # fmt: skip
     return out
 
 
