@@ -1,155 +1,283 @@
 """One optimizer step of an SAE: gradients, projection, rule and renorm in one pass over the
-weights."""
+weights.
+
+Two kernels, one for each matrix: a program walks through a run of latents, adds up a latent's
+gradient in registers from the rows of its entries, and reads and writes parameter and moments once.
+"""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from microtome.kernels.bf16 import norm_above, round_to_bf16
-from microtome.kernels.segments import (
-    CHUNK,
-    add_entries,
-    add_partials,
-    partial_sums,
-    sort_by_latent,
-    tile,
-)
+from microtome.kernels.sae_update_entries import sort_entries
+from microtome.kernels.sae_update_states import BLOCK, moved, moved_by
+from microtome.kernels.segments import CHUNK, add_entries, add_partials, partial_sums
 from torch import Tensor
 
+from microtome import _check
 from microtome._look import look_after_writing
+from microtome.ops._sae_update_states import key_of
 
 # At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
 # machine.
 PROGRAMS = 2048
+SCALARS = ["key"]  # changes every step: not to be compiled for
 
 
 @triton.jit
-def _step(p, g, m_at, v_at, m_mask, lr, beta1, rest1, beta2, rest2, eps, decay, shrink, root,
-          OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr):  # fmt: skip
-    """One step of the rule on p with gradient g; the moments are read and written at m_at and v_at.
-
-    lr holds Adam's 1 / (1 - beta1^t), root is sqrt(1 - beta2^t), rest is 1 - beta, shrink 1 - lr *
-    decoupled decay.
-    """
-    g = g + decay * p
-    p = p * shrink
-    if OPTIMIZER == "adam":
-        m = tl.load(m_at, mask=m_mask, other=0.0)
-        v = tl.load(v_at, mask=m_mask, other=0.0)
-        m = m + rest1 * (g - m)
-        v = beta2 * v + rest2 * (g * g)
-        tl.store(m_at, m, mask=m_mask)
-        tl.store(v_at, v, mask=m_mask)
-        p = p - lr * tl.div_rn(
-            m, tl.div_rn(tl.sqrt_rn(v), tl.full(v.shape, root, tl.float32)) + eps
-        )
-    else:
-        if MOMENTUM:
-            m = beta1 * tl.load(m_at, mask=m_mask, other=0.0)
-            m = m + (rest1 * g if OPTIMIZER == "signsgd" else g)
-            tl.store(m_at, m, mask=m_mask)
-            g = m
-        if OPTIMIZER == "signsgd":
-            g = tl.where(g > 0.0, 1.0, tl.where(g < 0.0, -1.0, 0.0))
-        p = p - lr * g
-    return p
+def _gradient(
+    partial, weight, source, table, aux, begin, end, n, d,
+    TABLES: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
+    START: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The sum of each latent's entries, [BL, BD] from column START on."""
+    column = START + tl.arange(0, BD)
+    acc = tl.zeros((begin.shape[0], BD), tl.float32)
+    acc, rest = add_partials(acc, partial, begin, end, column, d, CHUNK)
+    return add_entries(acc, weight, source, table, aux, rest, end, column, n, d, TABLES, FLIGHT)
 
 
 @triton.jit
-def _sae_update_kernel(
-    value, grad_value, source, offsets, dec_partial, enc_partial, touched, x, grad_out,
-    aux_grad_out,
-    W_enc, b_enc, W_dec, m_W_enc, v_W_enc, m_b_enc, v_b_enc, m_W_dec, v_W_dec, shadow, stats,
-    centre,
-    n, f, d, turns, shadow_stride,
-    lr, beta1, rest1, beta2, rest2, eps, decay, shrink, root,
-    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, ROWSPARSE: tl.constexpr, PROJECT: tl.constexpr,
-    RENORM: tl.constexpr, CENTER: tl.constexpr, SHADOW: tl.constexpr,
-    CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+def _columns(at, row, live, d, START: tl.constexpr, BD: tl.constexpr):
+    """Pointers and mask of rows [BL] from column START on."""
+    column = START + tl.arange(0, BD)
+    return at + row[:, None] * d + column[None, :], live[:, None] & (column < d)[None, :]
+
+
+@triton.jit
+def _encoder_part(
+    grad_weight, source, partial, x, W_enc, m_at, v_at, shadow, begin, end, db, row, live,
+    n, d, shadow_stride, row_bytes, key, rule,
+    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, SHADOW: tl.constexpr,
+    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, START: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Update these columns. Returns db * the old rows, [BL, BD], and for the shadow the
+    squares of the new rows and of what their rounding lost, summed over columns."""
+    g = _gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT, CHUNK, START, BD)
+    at, mask = _columns(W_enc, row, live, d, START, BD)
+    p = tl.load(at, mask=mask, other=0.0)
+    centre = db[:, None] * p
+    p = moved(p, g, m_at, v_at, row, live, mask, d, row_bytes, key, rule, OPTIMIZER, MOMENTUM,
+              STATE, START, BD)  # fmt: skip
+    tl.store(at, p, mask=mask)
+    squares, lost = db, db
+    if SHADOW:
+        p = tl.where(mask, p, 0.0)
+        bits, rounded = round_to_bf16(p)
+        at, mask = _columns(shadow, row, live, shadow_stride, START, BD)
+        mask = mask & (START + tl.arange(0, BD) < d)[None, :]
+        tl.store(at, bits, mask=mask)
+        squares = tl.sum(p * p, 1)
+        lost = tl.sum((p - rounded) * (p - rounded), 1)
+    return centre, squares, lost
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _encoder_kernel(
+    grad_weight, source, flags, offsets, partial, x, W_enc, b_enc, m_W, v_W, m_b, v_b, shadow,
+    stats, centre, fired, touched,
+    n, f, d, turns, shadow_stride, row_bytes, key,
+    lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
+    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
+    CENTER: tl.constexpr, SHADOW: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
+    BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BD)
-    sum_centre = tl.zeros((BD,), tl.float32)
+    rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
+    of_bias = (lr, beta1, rest1, beta2, rest2, eps, 0.0, 1.0, correction)
+    sum_centre = tl.zeros((BL, BD), tl.float32)
+    if BT > 0:
+        sum_tail = tl.zeros((BL, BT), tl.float32)
     for turn in range(0, turns):
-        latent = (program * turns + turn) * BL + tl.arange(0, BL)
-        live = latent < f
-        begin = tl.load(offsets + latent, mask=live, other=0)
-        end = tl.load(offsets + latent + 1, mask=live, other=0)
-        mask = live[:, None] & (column < d)[None, :]
-        place = latent[:, None] * d + column[None, :]
-
+        row = (program * turns + turn) * BL + tl.arange(0, BL)
+        live = row < f
+        begin = tl.load(offsets + row, mask=live, other=0)
+        end = tl.load(offsets + row + 1, mask=live, other=0)
+        longest = tl.max(end - begin, 0)
         db = tl.zeros((BL,), tl.float32)
-        for first in range(0, tl.max(end - begin, 0), BE):
+        positive = tl.zeros((BL,), tl.int32)
+        nonzero = tl.zeros((BL,), tl.int32)
+        for first in range(0, longest, BE):
             entry = begin[:, None] + first + tl.arange(0, BE)[None, :]
-            db += tl.sum(tl.load(grad_value + entry, mask=entry < end[:, None], other=0.0), 1)
-        enc = tl.load(W_enc + place, mask=mask, other=0.0)  # [BL, BD]
-        if CENTER:
-            sum_centre += tl.sum(db[:, None] * enc, 0)
-
-        d_enc = tl.zeros((BL, BD), tl.float32)
-        d_enc, rest = add_partials(d_enc, enc_partial, begin, end, column, d, CHUNK)
-        d_enc = add_entries(d_enc, grad_value, source, x, x, rest, end, column, n, d)
+            inside = entry < end[:, None]
+            db += tl.sum(tl.load(grad_weight + entry, mask=inside, other=0.0), 1)
+            flag = tl.load(flags + entry, mask=inside, other=0).to(tl.int32)
+            positive += tl.sum(flag & 1, 1)
+            nonzero += tl.sum(flag >> 1, 1)
+        tl.store(fired + row, positive, mask=live)
         if ROWSPARSE:
-            live = live & (tl.load(touched + latent, mask=live, other=0) > 0)
-            mask = live[:, None] & (column < d)[None, :]
-        enc = _step(enc, d_enc, m_W_enc + place, v_W_enc + place, mask, lr, beta1, rest1, beta2,
-        rest2, eps,
-                    decay, shrink, root, OPTIMIZER, MOMENTUM)  # fmt: skip
-        tl.store(W_enc + place, enc, mask=mask)
-        if SHADOW:
-            enc = tl.where(mask, enc, 0.0)
-            bits, rounded = round_to_bf16(enc)
-            lost = enc - rounded
-            tl.store(shadow + latent[:, None] * shadow_stride + column[None, :], bits, mask=mask)
-            tl.store(stats + latent * 4 + 1, norm_above(tl.sum(enc * enc, 1), d), mask=live)
-            tl.store(stats + latent * 4 + 2, norm_above(tl.sum(lost * lost, 1), d), mask=live)
-        b = tl.load(b_enc + latent, mask=live, other=0.0)
-        b = _step(b, db, m_b_enc + latent, v_b_enc + latent, live, lr, beta1, rest1, beta2, rest2,
-        eps,
-                  0.0, 1.0, root, OPTIMIZER, MOMENTUM)  # fmt: skip
-        tl.store(b_enc + latent, b, mask=live)
-
-        d_dec = tl.zeros((BL, BD), tl.float32)
-        d_dec, rest = add_partials(d_dec, dec_partial, begin, end, column, d, CHUNK)
-        d_dec = add_entries(d_dec, value, source, grad_out, aux_grad_out, rest, end, column, n, d)
-        dec = tl.load(W_dec + place, mask=mask, other=0.0)
-        if PROJECT:
-            along = tl.sum(d_dec * dec, 1) / tl.maximum(tl.sum(dec * dec, 1), 1e-30)
-            d_dec -= along[:, None] * dec
-        dec = _step(dec, d_dec, m_W_dec + place, v_W_dec + place, mask, lr, beta1, rest1, beta2,
-        rest2, eps,
-                    decay, shrink, root, OPTIMIZER, MOMENTUM)  # fmt: skip
-        if RENORM:
-            dec = tl.where(mask, dec, 0.0)
-            length = tl.maximum(tl.sqrt_rn(tl.sum(dec * dec, 1)), 1e-30)
-            dec = tl.div_rn(dec, length[:, None] + tl.zeros((BL, BD), tl.float32))
-        tl.store(W_dec + place, dec, mask=mask)
+            tl.store(touched + row, nonzero, mask=live)
+            change = live & (nonzero > 0)
+            some = longest > 0
+        else:
+            change = live
+            some = True
+        if some:
+            part, squares, lost = _encoder_part(
+                grad_weight, source, partial, x, W_enc, m_W, v_W, shadow, begin, end, db, row,
+                change, n, d, shadow_stride, row_bytes, key, rule, OPTIMIZER, MOMENTUM, STATE,
+                SHADOW, FLIGHT, CHUNK, 0, BD)  # fmt: skip
+            sum_centre += part
+            if BT > 0:
+                part, squares_, lost_ = _encoder_part(
+                    grad_weight, source, partial, x, W_enc, m_W, v_W, shadow, begin, end, db, row,
+                    change, n, d, shadow_stride, row_bytes, key, rule, OPTIMIZER, MOMENTUM, STATE,
+                    SHADOW, FLIGHT, CHUNK, BD, BT)  # fmt: skip
+                sum_tail += part
+                squares += squares_
+                lost += lost_
+            if SHADOW:
+                tl.store(stats + row * 4 + 1, norm_above(squares, d), mask=change)
+                tl.store(stats + row * 4 + 2, norm_above(lost, d), mask=change)
+            b = tl.load(b_enc + row, mask=change, other=0.0)
+            m = tl.load(m_b + row, mask=change & MOMENTUM, other=0.0)
+            v = tl.load(v_b + row, mask=change & (OPTIMIZER == "adam"), other=0.0)
+            b, m, v = moved_by(b, db, m, v, of_bias, OPTIMIZER, MOMENTUM)
+            tl.store(b_enc + row, b, mask=change)
+            tl.store(m_b + row, m, mask=change & MOMENTUM)
+            tl.store(v_b + row, v, mask=change & (OPTIMIZER == "adam"))
     if CENTER:
-        tl.store(centre + program * d + column, sum_centre, mask=column < d)
+        column = tl.arange(0, BD)
+        tl.store(centre + program * d + column, tl.sum(sum_centre, 0), mask=column < d)
+        if BT > 0:
+            column = BD + tl.arange(0, BT)
+            tl.store(centre + program * d + column, tl.sum(sum_tail, 0), mask=column < d)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _decoder_kernel(
+    weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, touched,
+    n, f, d, turns, row_bytes, key,
+    lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
+    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
+    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, FLIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
+    for turn in range(0, turns):
+        row = (program * turns + turn) * BL + tl.arange(0, BL)
+        live = row < f
+        begin = tl.load(offsets + row, mask=live, other=0)
+        end = tl.load(offsets + row + 1, mask=live, other=0)
+        if ROWSPARSE:
+            live = live & (tl.load(touched + row, mask=live, other=0) > 0)
+            some = tl.max(live.to(tl.int32), 0) > 0
+        else:
+            some = True
+        if some:
+            g = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d, TABLES,
+                          FLIGHT, CHUNK, 0, BD)  # fmt: skip
+            at, mask = _columns(W_dec, row, live, d, 0, BD)
+            p = tl.load(at, mask=mask, other=0.0)
+            if BT > 0:
+                g_ = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
+                               TABLES, FLIGHT, CHUNK, BD, BT)  # fmt: skip
+                at_, mask_ = _columns(W_dec, row, live, d, BD, BT)
+                p_ = tl.load(at_, mask=mask_, other=0.0)
+            if PROJECT:
+                along, squares = tl.sum(g * p, 1), tl.sum(p * p, 1)
+                if BT > 0:
+                    along += tl.sum(g_ * p_, 1)
+                    squares += tl.sum(p_ * p_, 1)
+                along = along / tl.maximum(squares, 1e-30)
+                g -= along[:, None] * p
+                if BT > 0:
+                    g_ -= along[:, None] * p_
+            p = moved(p, g, m_W, v_W, row, live, mask, d, row_bytes, key, rule, OPTIMIZER, MOMENTUM,
+                       STATE, 0, BD)  # fmt: skip
+            if BT > 0:
+                p_ = moved(p_, g_, m_W, v_W, row, live, mask_, d, row_bytes, key, rule, OPTIMIZER,
+                            MOMENTUM, STATE, BD, BT)  # fmt: skip
+            if RENORM:
+                p = tl.where(mask, p, 0.0)
+                squares = tl.sum(p * p, 1)
+                if BT > 0:
+                    p_ = tl.where(mask_, p_, 0.0)
+                    squares += tl.sum(p_ * p_, 1)
+                inverse = tl.div_rn(
+                    tl.full((BL,), 1.0, tl.float32), tl.maximum(tl.sqrt_rn(squares), 1e-30)
+                )
+                p = p * inverse[:, None]
+                if BT > 0:
+                    p_ = p_ * inverse[:, None]
+            tl.store(at, p, mask=mask)
+            if BT > 0:
+                tl.store(at_, p_, mask=mask_)
 
 
 @triton.jit
-def _sae_update_bias_kernel(
-    b_dec, grad, m_b_dec, v_b_dec, d, lr, beta1, rest1, beta2, rest2, eps, root,
-    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, BD: tl.constexpr,
+def _bias_kernel(
+    b_dec, base, centre, m_b, v_b, d, programs, scale,
+    lr, beta1, rest1, beta2, rest2, eps, correction,
+    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """b_dec's step: its gradient is scale * base less the programs' encoder parts."""
     column = tl.program_id(0) * BD + tl.arange(0, BD)
     mask = column < d
+    away = tl.zeros((BP, BD), tl.float32)
+    for first in range(0, programs, BP):
+        program = first + tl.arange(0, BP)
+        inside = (program < programs)[:, None] & mask[None, :]
+        at = centre + program.to(tl.int64)[:, None] * d + column[None, :]
+        away += tl.load(at, mask=inside, other=0.0)
+    g = scale * tl.load(base + column, mask=mask, other=0.0) - tl.sum(away, 0)
     b = tl.load(b_dec + column, mask=mask, other=0.0)
-    g = tl.load(grad + column, mask=mask, other=0.0)
-    b = _step(b, g, m_b_dec + column, v_b_dec + column, mask, lr, beta1, rest1, beta2, rest2, eps,
-              0.0, 1.0, root, OPTIMIZER, MOMENTUM)  # fmt: skip
+    m = tl.load(m_b + column, mask=mask & MOMENTUM, other=0.0)
+    v = tl.load(v_b + column, mask=mask & (OPTIMIZER == "adam"), other=0.0)
+    rule = (lr, beta1, rest1, beta2, rest2, eps, 0.0, 1.0, correction)
+    b, m, v = moved_by(b, g, m, v, rule, OPTIMIZER, MOMENTUM)
     tl.store(b_dec + column, b, mask=mask)
+    tl.store(m_b + column, m, mask=mask & MOMENTUM)
+    tl.store(v_b + column, v, mask=mask & (OPTIMIZER == "adam"))
 
 
-def geometry(f: int, d: int, interpreted: bool) -> tuple[int, int, int, int, int]:
-    """Programs, turns of each, latents and columns of a turn, warps."""
-    BL, BD = tile(f, d, interpreted, size=1024)
+class Geometry(NamedTuple):
+    """How the latents are dealt out.
+
+    Attributes:
+        programs: of each kernel.
+        turns: each takes so many blocks of latents.
+        BL: latents of a block.
+        BD: columns of a row's first tile.
+        BT: columns of its second tile, or 0.
+        warps: of a program.
+        FLIGHT: rows asked for at once.
+    """
+
+    programs: int
+    turns: int
+    BL: int
+    BD: int
+    BT: int
+    warps: int
+    FLIGHT: int
+
+
+def geometry(f: int, d: int, interpreted: bool) -> Geometry:
+    """The tiles for f rows of d numbers.
+
+    A tile is a power of two wide, so a row of 2304 takes two, of 2048 and 256, rather than one of
+    4096.
+    """
+    BD, BT = triton.next_power_of_2(max(d, 16)), 0
+    below = BD // 2
+    rest = max(triton.next_power_of_2(max(d - below, 1)), BLOCK.value)
+    if below >= 4 * BLOCK.value // 2 and rest < below:
+        BD, BT = below, rest
+    room = max((1 << 17 if interpreted else 1024) // (BD + BT), 1)
+    BL = min(triton.next_power_of_2(max(f, 1)), room)
     blocks = triton.cdiv(f, BL)
     turns = triton.cdiv(blocks, PROGRAMS)
-    return triton.cdiv(blocks, turns), turns, BL, BD, min(max(BL * BD // 128, 1), 16)
+    warps = min(max(BL * BD // 256, 1), 16)
+    each = BL * BD // (32 * warps)  # numbers a thread holds of a tile
+    FLIGHT = 4 if each <= 16 else 2 if each <= 32 else 1
+    return Geometry(triton.cdiv(blocks, turns), turns, BL, BD, BT, warps, FLIGHT)
 
 
 def launch(
@@ -167,68 +295,65 @@ def launch(
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
     latents.
 
-    With a screen a step that went beyond float32 is an error: on a GPU that of a later call
-    (_pending.py), while a CUDA graph is captured none.
+    All memory is taken before the first parameter is written: an out-of-memory error leaves them as
+    they were. With a screen a step that went beyond float32 is an error: on a GPU that of a later
+    call (_pending.py), while a CUDA graph is captured none.
     """
-    (n, k), (f, d) = indices.shape, W_enc.shape
+    (n, _), (f, d) = indices.shape, W_enc.shape
     x, grad_out = x.contiguous(), grad_out.contiguous()
-    flat, value, grad_value = indices.flatten(), values.flatten(), grad_values.flatten()
-    weight, grad_weight, other = value * scale, grad_value * scale, grad_out
-    if aux_indices is not None:
-        assert aux_values is not None
-        assert aux_grad_values is not None
-        assert aux_grad_out is not None
-        flat = torch.cat([flat.long(), aux_indices.flatten().long()])
-        value = torch.cat([value, aux_values.flatten()])
-        weight = torch.cat([weight, aux_values.flatten() * aux_scale])
-        grad_weight = torch.cat([grad_weight, aux_grad_values.flatten() * aux_scale])
-        other = aux_grad_out.contiguous()
-    a = 1 if aux_indices is None else max(aux_indices.shape[1], 1)
-    segments = sort_by_latent(flat, f)
-    order = segments.order
-    source = torch.where(order < n * k, order // max(k, 1), n + (order - n * k) // a).int()
-    weight, grad_weight = weight[order].float(), grad_weight[order].float()
-    fired = _count((value[order] > 0) & (order < n * k), segments.offsets)
-    touched = _count(value[order] != 0, segments.offsets) if rowsparse else fired
-
+    other = grad_out if aux_grad_out is None else aux_grad_out.contiguous()
+    g = geometry(f, d, not x.is_cuda)
     adam = optimizer in ("adam", "adamw")
     decoupled = optimizer in ("adamw", "signsgd")
     rate = lr / (1 - beta1**step) if adam else lr
-    root = (1 - beta2**step) ** 0.5 if adam else 1.0
+    correction = (1 - beta2**step) ** -0.5 if adam else 1.0
     decay, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
     rule = (rate, beta1, 1 - beta1, beta2, 1 - beta2, eps)
     kinds = {"OPTIMIZER": "adam" if adam else optimizer, "MOMENTUM": m_W_enc is not None}
-    programs, turns, BL, BD, warps = geometry(f, d, not x.is_cuda)
-    moments = [
-        x if t is None else t for t in (m_W_enc, v_W_enc, m_b_enc, v_b_enc, m_W_dec, v_W_dec)
-    ]
+    state = {"STATE": "float32" if m_W_enc is None else _check.dtype_name(m_W_enc.dtype)}
+    row_bytes = d if m_W_enc is None else m_W_enc.shape[1]
+    (m_W, v_W), (m_b, v_b), (m_D, v_D), (m_d, v_d) = (
+        [x if t is None else t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in pair]
+        for pair in ((m_W_enc, v_W_enc), (m_b_enc, v_b_enc), (m_W_dec, v_W_dec), (m_b_dec, v_b_dec))
+    )
     refresh = shadow is not None and stats is not None and kind == "bf16"
-    centre = torch.empty(programs if center else 0, d, dtype=torch.float32, device=x.device)
+    tiles = {"FLIGHT": g.FLIGHT, "CHUNK": CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+    options = {"num_warps": g.warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
-        dec_partial = partial_sums(segments, weight, source, grad_out, other)
-        enc_partial = partial_sums(segments, grad_weight, source, x, x)
-        _sae_update_kernel[(programs,)](
-            weight, grad_weight, source, segments.offsets, dec_partial, enc_partial, touched, x,
-            grad_out, other,
-            W_enc, b_enc, W_dec, *moments, shadow if refresh else x, stats if refresh else x,
-            centre,
-            n, f, d, turns, shadow.stride(0) if refresh and shadow is not None else d,
-            *rule, decay, shrink, root, **kinds, ROWSPARSE=rowsparse, PROJECT=project,
-            RENORM=renorm,
-            CENTER=center, SHADOW=refresh, CHUNK=CHUNK, BE=32, BL=BL, BD=BD, num_warps=warps,
-            enable_fp_fusion=True,
+        e = sort_entries(
+            indices, values, grad_values, scale, aux_indices, aux_values, aux_grad_values,
+            aux_scale, f,
         )  # fmt: skip
-        grad = scale * grad_out.sum(0) - centre.sum(0)
-        _sae_update_bias_kernel[(triton.cdiv(d, 256),)](
-            b_dec, grad, x if m_b_dec is None else m_b_dec, x if v_b_dec is None else v_b_dec,
-            d, *rule, root, **kinds, BD=256, enable_fp_fusion=True,
+        dec_partial = partial_sums(e.segments, e.weight, e.source, grad_out, other)
+        enc_partial = partial_sums(e.segments, e.grad_weight, e.source, x, x)
+        base = grad_out.sum(0)
+        centre = torch.empty(g.programs if center else 0, d, dtype=torch.float32, device=x.device)
+        fired, touched = (torch.empty(f, dtype=torch.int32, device=x.device) for _ in range(2))
+        # From here on parameters change, and nothing is allocated.
+        _encoder_kernel[(g.programs,)](
+            e.grad_weight, e.source, e.flags, e.segments.offsets, enc_partial, x,
+            W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else x, stats if refresh else x,
+            centre, fired, touched,
+            n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
+            _signed(key_of(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
+            ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, BE=32, **tiles, **options,
+        )  # fmt: skip
+        _decoder_kernel[(g.programs,)](
+            e.weight, e.source, e.segments.offsets, dec_partial, grad_out, other, W_dec, m_D, v_D,
+            touched, n, f, d, g.turns, row_bytes, _signed(key_of(step, 2)),
+            *rule, decay, shrink, correction, **kinds, **state, ROWSPARSE=rowsparse,
+            PROJECT=project, RENORM=renorm, TABLES=1 if other is grad_out else 2, **tiles,
+            **options,
+        )  # fmt: skip
+        _bias_kernel[(triton.cdiv(d, 32),)](
+            b_dec, base, centre, m_d, v_d, d, len(centre), scale, *rule, correction, **kinds,
+            BP=128, BD=32, enable_fp_fusion=True,
         )  # fmt: skip
     if refresh and stats is not None:
         look_after_writing("sae_update", "W_enc", W_enc, norms=stats[:, 1])
     return fired
 
 
-def _count(flags: Tensor, offsets: Tensor) -> Tensor:
-    """How many flags are set in each segment, [f] int32."""
-    before = torch.nn.functional.pad(flags.cumsum(0), (1, 0))
-    return (before[offsets[1:]] - before[offsets[:-1]]).int()
+def _signed(word: int) -> int:
+    """The int32 of a 32-bit word's bits: Triton would make another kernel for an int64."""
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -59,27 +59,48 @@ def tile(
 
 
 @triton.jit
-def add_entries(acc, weight, source, table, aux, begin, end, column, n, d):
-    """Add weight[e] * table[source[e]] for e in [begin, end); sources from n on are rows of `aux`.
+def _row(weight, source, table, aux, entry, end, column, n, d, TABLES: tl.constexpr):
+    """The weights [BL] and rows [BL, BD] of one entry of each segment; zero beyond its end."""
+    live = entry < end
+    row = tl.load(source + entry, mask=live, other=0).to(tl.int64)
+    w = tl.load(weight + entry, mask=live, other=0.0)
+    live = live & (w != 0.0)
+    second = row >= n
+    at = row - tl.where(second, n, 0)
+    place = at[:, None] * d + column[None, :]
+    inside = live[:, None] & (column < d)[None, :]
+    if TABLES == 1:
+        return w, tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
+    rows = tl.load(table + place, mask=inside & (row < n)[:, None], other=0.0).to(tl.float32)
+    rows += tl.load(aux + place, mask=inside & second[:, None], other=0.0).to(tl.float32)
+    return w, rows
 
-    acc is [BL, BD]; begin and end are [BL].
+
+@triton.jit
+def add_entries(
+    acc, weight, source, table, aux, begin, end, column, n, d,
+    TABLES: tl.constexpr = 1, FLIGHT: tl.constexpr = 4,
+):  # fmt: skip
+    """Add weight[e] * row of source[e] for e in [begin, end), in that order.
+
+    A source of n or more is the row source - n of `aux`, or where TABLES is 1 of `table` too.
+    FLIGHT rows (1, 2 or 4) are asked for before the first is added: one at a time, a program would
+    wait for memory most of the time. acc is [BL, BD]; begin and end are [BL].
     """
-    inside = (column < d)[None, :]
-    for i in range(0, tl.max(end - begin, 0)):
-        entry = begin + i
-        live = entry < end
-        row = tl.load(source + entry, mask=live, other=0).to(tl.int64)
-        w = tl.load(weight + entry, mask=live, other=0.0)
-        live = live & (w != 0.0)
-        main = (live & (row < n))[:, None] & inside
-        other = (live & (row >= n))[:, None] & inside
-        rows = tl.load(table + row[:, None] * d + column[None, :], mask=main, other=0.0).to(
-            tl.float32
-        )
-        rows += tl.load(aux + (row[:, None] - n) * d + column[None, :], mask=other, other=0.0).to(
-            tl.float32
-        )
-        acc += w[:, None] * rows
+    for i in range(0, tl.max(end - begin, 0), FLIGHT):
+        e = begin + i
+        w0, rows0 = _row(weight, source, table, aux, e, end, column, n, d, TABLES)
+        if FLIGHT > 1:
+            w1, rows1 = _row(weight, source, table, aux, e + 1, end, column, n, d, TABLES)
+        if FLIGHT > 2:
+            w2, rows2 = _row(weight, source, table, aux, e + 2, end, column, n, d, TABLES)
+            w3, rows3 = _row(weight, source, table, aux, e + 3, end, column, n, d, TABLES)
+        acc += w0[:, None] * rows0
+        if FLIGHT > 1:
+            acc += w1[:, None] * rows1
+        if FLIGHT > 2:
+            acc += w2[:, None] * rows2
+            acc += w3[:, None] * rows3
     return acc
 
 
@@ -97,7 +118,7 @@ def add_partials(acc, partial, begin, end, column, d, CHUNK: tl.constexpr):
 @triton.jit
 def _chunk_kernel(
     weight, source, latents, offsets, table, aux, partial, entries, n, d,
-    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    TABLES: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # A chunk [a, a + CHUNK) has slot ceil(a / CHUNK), so it contains the entry slot * CHUNK.
     slot = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
@@ -111,7 +132,7 @@ def _chunk_kernel(
     last = tl.where(valid, first + CHUNK, first)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros((BL, BD), tl.float32)
-    acc = add_entries(acc, weight, source, table, aux, first, last, column, n, d)
+    acc = add_entries(acc, weight, source, table, aux, first, last, column, n, d, TABLES)
     tl.store(
         partial + slot[:, None] * d + column[None, :],
         acc,
@@ -129,7 +150,7 @@ def partial_sums(
         weight: [m] float32 in sorted order.
         source: [m] int32, a row of `table`, or n plus a row of `aux`.
         table: [n, d] contiguous.
-        aux: [n, d] contiguous.
+        aux: [n, d] contiguous; `table` itself where sources from n on are its rows again.
 
     Returns:
         [ceil(m / CHUNK), d] float32; slots without a full chunk are not written, and not read by
@@ -142,6 +163,6 @@ def partial_sums(
         BL, BD = tile(slots(m), d, not table.is_cuda, 1024, 1024)
         _chunk_kernel[(triton.cdiv(slots(m), BL), triton.cdiv(d, BD))](
             weight, source, segments.latents, segments.offsets, table, aux, partial, m, n, d,
-            CHUNK=CHUNK, BL=BL, BD=BD, enable_fp_fusion=True,
+            TABLES=1 if aux is table else 2, CHUNK=CHUNK, BL=BL, BD=BD, enable_fp_fusion=True,
         )  # fmt: skip
     return partial

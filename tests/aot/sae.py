@@ -1,6 +1,6 @@
 """The kernels of sparse autoencoders, at d = 768, f = 24576, k = 32 and 8192 rows.
 
-The update is compiled at d = 2304 too, where it holds the most.
+`states.py` has those of the update.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from aot.case import Case, types
 from microtome.kernels import (
     bf16,
     sae_loss,
-    sae_update,
     segments,
     sparse_decode,
     topk_encode,
@@ -20,12 +19,11 @@ from microtome.kernels import (
 n, d, f, k = 8192, 768, 24576, 32
 FUSED = {"enable_fp_fusion": True}
 HALVES = types("bf16", "values W_dec b_dec out grad_out x grad_values")
-RULE = types("fp32", "lr beta1 rest1 beta2 rest2 eps decay shrink root")
 
 
 def cases() -> dict[str, Case]:
     """Every kernel at the tile its host function chooses."""
-    return {**encode(), **decode(), **update()}
+    return {**encode(), **decode()}
 
 
 def encode() -> dict[str, Case]:
@@ -88,28 +86,4 @@ def decode() -> dict[str, Case]:
         out[f"sae_loss.{kind}"] = Case(
             sae_loss._sae_loss_kernel, {**rows, "BN": BN, "BD": BD}, pointers, options
         )
-    return out
-
-
-def update() -> dict[str, Case]:
-    """`sae_update` and the partial sums it shares with the gradient of the decoder."""
-    rule = {"OPTIMIZER": "adam", "MOMENTUM": True}
-    flags = {
-        "ROWSPARSE": False, "PROJECT": True, "RENORM": True, "CENTER": True, "SHADOW": True,
-        "CHUNK": segments.CHUNK, "BE": 32,
-    }  # fmt: skip
-    out = {
-        "segments.chunk": Case(
-            segments._chunk_kernel, {"CHUNK": segments.CHUNK, "BL": 1, "BD": 1024}, {}, FUSED
-        ),
-        "sae_update.bias": Case(
-            sae_update._sae_update_bias_kernel, {**rule, "BD": 256}, {}, FUSED, RULE
-        ),
-    }
-    for wide in (d, 2304):
-        _, _, BL, BD, warps = sae_update.geometry(f, wide, False)
-        out[f"sae_update.{wide}"] = Case(
-            sae_update._sae_update_kernel, {**rule, **flags, "BL": BL, "BD": BD},
-            {"shadow": "i16"}, {**FUSED, "num_warps": warps}, RULE,
-        )  # fmt: skip
     return out

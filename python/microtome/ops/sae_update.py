@@ -188,6 +188,7 @@ def sae_update_reference(
     return torch.bincount(indices.flatten()[(values > 0).flatten()].long(), minlength=f).int()
 
 
+_WEIGHT_MOMENTS = (15, 16, 19, 20)  # of m_W_enc, v_W_enc, m_W_dec, v_W_dec among the arguments
 _MUTATED = (
     "W_enc", "b_enc", "W_dec", "b_dec", "m_W_enc", "v_W_enc", "m_b_enc", "v_b_enc",
     "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats",
@@ -257,7 +258,8 @@ def _why_not_triton(*args: object) -> str | None:
         return f"d={x.shape[1]} (a program holds a row of up to 16384)"
     if shadow is not None and kind != "bf16":
         return f"screen kind {kind!r} (refreshes 'bf16')"
-    return why_not_common("triton", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
+    tensors = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in _WEIGHT_MOMENTS]
+    return why_not_common("triton", tensors, (torch.float32,))
 
 
 _update = Op(

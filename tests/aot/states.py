@@ -1,0 +1,52 @@
+"""`sae_update` at d = 768 and 2304 in every state of its moments, and the sums it shares."""
+
+from __future__ import annotations
+
+from aot.case import Case, types
+from microtome.kernels import sae_update, sae_update_entries, segments
+
+f, FUSED = 65536, {"enable_fp_fusion": True}
+STORED = {"float32": "fp32", "bfloat16": "i16", "int8": "i8"}
+RULE = types("fp32", "lr beta1 rest1 beta2 rest2 eps decay shrink correction scale aux_scale")
+SCALARS = {**RULE, "row_bytes": "i32/16", **types("i32", "key programs a main")}
+ADAM = {"OPTIMIZER": "adam", "MOMENTUM": True}
+
+
+def cases() -> dict[str, Case]:
+    """Adam with projection, renorm and a screen at the tiles that the host function chooses."""
+    out = {
+        "segments.chunk": Case(
+            segments._chunk_kernel,
+            {"TABLES": 1, "CHUNK": segments.CHUNK, "BL": 1, "BD": 1024}, {}, FUSED,
+        ),
+        "sae_update.entries": Case(
+            sae_update_entries._entries_kernel, {"AUX": True, "BE": 1024}, {"flags": "i8"}, {},
+            SCALARS,
+        ),
+        "sae_update.bias": Case(
+            sae_update._bias_kernel, {**ADAM, "BP": 128, "BD": 32}, {}, FUSED, SCALARS
+        ),
+    }  # fmt: skip
+    for d, states, rowsparse in (
+        (768, ("float32", "int8"), False),
+        (2304, ("float32", "bfloat16", "int8"), False),
+        (4096, ("float32", "int8"), True),
+        (16384, ("float32",), False),
+    ):
+        g = sae_update.geometry(f, d, False)
+        tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+        options = {**FUSED, "num_warps": g.warps}
+        for state in states:
+            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse}
+            pointers = {**types(STORED[state], "m_W v_W"), "flags": "i8", "shadow": "i16",
+                        "fired": "i32"}  # fmt: skip
+            out[f"sae_update.encoder.{d}.{state}"] = Case(
+                sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": True, "BE": 32},
+                pointers, options, SCALARS,
+            )  # fmt: skip
+            out[f"sae_update.decoder.{d}.{state}"] = Case(
+                sae_update._decoder_kernel,
+                {**both, "PROJECT": True, "RENORM": True, "TABLES": 1 + rowsparse},
+                pointers, options, SCALARS,
+            )  # fmt: skip
+    return out
