@@ -30,8 +30,6 @@ from microtome.kernels import (
     segments,
     shapley_reduce,
     sparse_decode,
-    topk_encode,
-    topk_select,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -114,7 +112,12 @@ def patching_cases() -> dict[str, Case]:
 def cases() -> dict[str, Case]:
     """Every kernel at the size it is used at."""
     sae = {
-        name: (kernel, constants, types, {**topk_encode.OPTIONS, "num_warps": warps})
+        name: (
+            kernel,
+            constants,
+            types,
+            {"num_stages": 3, "enable_fp_fusion": True, "num_warps": warps},
+        )
         for name, (kernel, constants, types, warps) in sae_cases().items()
     }
     return {**sae, **patching_cases(), **shapley_cases()}
@@ -194,35 +197,8 @@ def mlp_cases() -> dict[str, Case]:
 
 def sae_cases() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
     """The kernels of an SAE: kernel, constants, pointer types other than fp32, warps."""
-    d, f, k, n = 768, 24576, 32, 8192
-    plan = topk_encode.plan(n, f, k)
-    tiles = {"HAS_BIAS": True, "BM": plan.BM, "BN": plan.BN, "BD": plan.BD, "UPCAST": False}
-    shadows = {"x": "bf16", "W": "bf16"}
-    dots = {"HAS_B_DEC": True, "HAS_BIAS": True, "BD": topk_select.WIDTH}
-    BN, BC = topk_select.TILE
+    d, f, n = 768, 24576, 8192
     out: dict[str, tuple[Any, dict[str, Any], dict[str, str], int]] = {
-        "topk_encode.sample": (topk_encode._sample_kernel, {**tiles, "GROUP": plan.group},
-        shadows, 8),
-        "topk_encode.filter": (topk_encode._filter_kernel, tiles, shadows, 8),
-        "topk_encode.threshold": (
-            topk_select._threshold_kernel,
-            {"BN": 1, "BG": triton.next_power_of_2(plan.groups)},
-            {},
-            4,
-        ),
-        "topk_encode.value": (topk_select._value_kernel, {**dots, "ALL": False, "BN": BN,
-        "BC": BC}, {}, 4),
-        "topk_encode.value_bf16": (
-            topk_select._value_kernel,
-            {**dots, "ALL": False, "BN": BN, "BC": BC},
-            dict.fromkeys(("x", "b_dec", "W", "bias"), "bf16"),
-            4,
-        ),
-        "topk_encode.select": (topk_select._select_kernel, {"LISTED": False, "BN": BN,
-        "BC": topk_select.BLOCK}, {}, 4),
-        "topk_encode.repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, 4),
-        "topk_encode.repair_pick": (topk_select._repair_pick_kernel, {**dots, "BC": BC,
-        "BF": topk_select.SCAN}, {}, 4),
         "bf16.shadow": (bf16._shadow_kernel, {"HAS_SUBTRACT": True, "STORE": True, "BR": 4,
         "BD": 512},
                         {"shadow": "i16"}, 4),
