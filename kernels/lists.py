@@ -108,9 +108,10 @@ def append_scores(
     The second form has no branch that depends on the data until it writes. A thread holds pairs of
     neighbouring columns, LEAF apart. It takes the sign of score - lowest for each (exact: the
     difference of two floats is rounded to zero only where they are equal; the NaN that a unit
-    computes has no sign), shifts the signs into one integer of up to 32 columns, reserves places
-    for all of them by one atomic, and visits its scores again, eight at a time, to store those
-    whose bit is set. So a tile waits for one atomic, however many features it keeps.
+    computes has no sign; a lowest of 0.0 is made -0.0), shifts the signs into one integer of up to
+    32 columns, reserves places for all of them by one atomic, and visits its scores again, eight at
+    a time, to store those whose bit is set. So a tile waits for one atomic, however many features
+    it keeps.
     """
     if LEAF == 0:
         feature = first + tl.arange(0, BN)
@@ -141,7 +142,10 @@ def _append_half(
 ):  # fmt: skip
     """`append_scores` for at most 16 LEAF columns, 32 a thread and row."""
     BM: tl.constexpr = score.shape[0]
-    below = _signs(tl.zeros((BM, LEAF // 2), tl.int32), score - lowest[:, None], N, LEAF)
+    # 0.0 becomes -0.0, or -0.0 - 0.0 had a sign. In bits: Triton 3.6 reads the literal -0.0 as 0.0.
+    bits = lowest.to(tl.int32, bitcast=True)
+    least = tl.where(bits == 0, -2147483648, bits).to(tl.float32, bitcast=True)
+    below = _signs(tl.zeros((BM, LEAF // 2), tl.int32), score - least[:, None], N, LEAF)
     kept = below ^ -1
     if N < 16 * LEAF:
         kept = kept & ((1 << (2 * N // LEAF)) - 1)
