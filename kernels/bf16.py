@@ -47,6 +47,24 @@ def products(
 
 
 @triton.jit
+def described_products(
+    x, W, row, feature, d, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`products` of the tiles at row `row` of x and `feature` of W, two tensor descriptors.
+
+    The copy engine fills tiles up with zeros beyond the rows and columns that there are.
+    """
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, d, BD):
+        a, b = x.load([row, start]), W.load([feature, start])
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
 def norm_above(squares, d):
     """A bound from above on the norm whose float32 sum of d squares is `squares`.
 

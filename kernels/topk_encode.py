@@ -1,14 +1,15 @@
-"""The k largest pre-activations: predict, filter in bf16, answer in float32, verify, repair.
+"""The k largest pre-activations: sample, filter in bf16, narrow, answer in float32, verify, repair.
 
-1. Predict: the rank-th largest score over a sample of the features gives each row a threshold. It
-   need not be a bound.
-2. Filter: bf16 tensor-core tiles, never stored, append to the row's list every feature whose score
-   could reach the threshold, given the bound of `_filter_kernel` on the score's error.
-3. Answer: the listed features are computed in float32 and the k best kept, value descending, index
-   ascending.
-4. Verify: no feature was lost if the list did not overflow and its k-th best value is at or above
-   the threshold, because every feature with a value at or above it is on the list.
-5. Repair: rows that fail are computed whole in float32. The launches are the same whatever the
+1. Sample: bf16 tensor-core tiles of every stride-th tile of features are kept in memory. The
+   rank-th largest score there gives each row a threshold. It need not be a bound.
+2. Filter: the other tiles, never stored, append to the row's list every feature whose score could
+   reach the threshold, given the bound of `_filter_kernel` on the score's error. The sample is
+   filtered from memory: no product is computed twice.
+3. Narrow: of the list, only features that may still be among the k best stay (`topk_narrow`).
+4. Answer: those are computed in float32 and the k best kept, value descending, index ascending.
+5. Verify: no feature was lost if the list did not overflow and its k-th best value is at or above
+   the threshold, because every feature with a value at or above it was on the list.
+6. Repair: rows that fail are computed whole in float32. The launches are the same whatever the
    data; without such rows they return at once.
 
 A feature's value comes from the same float32 sum on every path, so it depends neither on the
@@ -24,16 +25,19 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import topk_narrow as narrow
 from microtome.kernels import topk_select as select
-from microtome.kernels.bf16 import products, shadow_rows
-from microtome.kernels.lists import append
+from microtome.kernels.bf16 import described_products, products, shadow_rows
+from microtome.kernels.lists import append_scores
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from microtome._look import Look
 
-WORKSPACE = 64 * 2**20  # bytes of candidate lists, and again of repaired rows
-SAMPLE = 16  # every 16th feature is sampled
-MAXIMA = 4096  # at most this many sampled maxima a row
+WORKSPACE = 64 * 2**20  # bytes of sampled scores and lists, and again of repaired rows
+SAMPLE = 16  # every 16th tile of features is sampled, or fewer
+MAXIMA = 8192  # about as many sampled features a row at most
+RESIDENT = 16 * 2**20  # bytes of x's shadow that stay in the L2 cache while W streams past
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class Plan:
         rows: rows of x worked on at once.
         capacity: candidates a row may keep; f means that every feature is one and nothing is
             screened.
-        stride: every stride-th feature is sampled.
-        group: sampled features behind one stored maximum.
-        groups: stored maxima a row.
+        stride: every stride-th tile of features is sampled.
+        group: sampled features behind one maximum.
+        groups: maxima a row that the threshold is chosen from, at most.
         rank: the threshold is the rank-th largest of them.
         slots: rows repaired at once; more are repaired one after another.
         BM, BN, BD: rows, features and columns of a tile of products.
@@ -64,88 +68,121 @@ class Plan:
     BD: int = 64
 
 
-def plan(n: int, f: int, k: int) -> Plan:
-    """Sizes for n rows, f features, k active.
+def plan(n: int, f: int, k: int, BN: int = 128) -> Plan:
+    """Sizes for n rows, f features, k active, tiles of BN features.
 
     The sample's rank aims at 2 k features at or above the threshold, plus three standard deviations
     of how many of those the sample holds; the capacity leaves four more, and a quarter for what the
-    screen's error lets through.
+    screen's error lets through. Rows are worked on in blocks of equal size.
     """
-    stride = max(SAMPLE, triton.cdiv(f, SAMPLE * MAXIMA))
-    mean = 2 * k / stride
+    tiles = triton.cdiv(f, BN)
+    stride = max(SAMPLE, triton.cdiv(f, MAXIMA))
+    width = triton.cdiv(tiles, stride) * BN  # sampled features
+    portion = max(f / min(width, f), 1.0) if f else 1.0
+    mean = 2 * k / portion
     rank = math.ceil(mean + 3 * math.sqrt(mean))
-    wanted = 1.25 * rank * stride * (1 + 4 / math.sqrt(rank))
+    wanted = 1.25 * rank * portion * (1 + 4 / math.sqrt(rank))
     capacity = min(64 * math.ceil(wanted / 64), f)
-    tiles = triton.cdiv(triton.cdiv(f, stride), 128)
     group = 16
-    while group > 1 and tiles * (128 // group) < 4 * rank:
+    while group > 1 and width // group < 4 * rank:
         group //= 2
-    groups = tiles * (128 // group)
     BM = min(max(triton.next_power_of_2(max(n, 1)), 16), 128)
-    rows = max(WORKSPACE // (8 * capacity + 4 * groups) // BM * BM, BM)
-    slots = max(1, min(WORKSPACE // (4 * f), n, rows))
-    return Plan(rows, capacity, stride, group, groups, rank, slots, BM)
+    most = max(WORKSPACE // (8 * capacity + 4 * width) // BM, 1)  # tiles of rows in the workspace
+    blocks = triton.cdiv(max(n, 1), most * BM)
+    rows = triton.cdiv(triton.cdiv(max(n, 1), blocks), BM) * BM
+    slots = max(1, min(WORKSPACE // (4 * max(f, 1)), n, rows))
+    return Plan(rows, capacity, stride, group, width // group, rank, slots, BM, BN)
+
+
+@triton.jit
+def _tile(rows, tiles, BM: tl.constexpr, GROUP_ROWS):
+    """The program's tile of rows and of features.
+
+    Neighbouring programs share a tile of features and walk down GROUP_ROWS tiles of rows, whose
+    shadow stays in the L2 cache: W comes from memory once for each such group.
+    """
+    row_tiles = tl.cdiv(rows, BM)
+    first = tl.program_id(0) // (GROUP_ROWS * tiles) * GROUP_ROWS
+    here = tl.minimum(row_tiles - first, GROUP_ROWS)
+    place = tl.program_id(0) % (GROUP_ROWS * tiles)
+    return first + place % here, place // here
+
+
+@triton.jit
+def _scores(
+    x, W, b_enc, row, feature, rows, f, d, x_stride, w_stride, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] scores of the tiles at `row` and `feature`; -inf from feature f on."""
+    column = feature + tl.arange(0, BN)
+    if TMA:
+        score = described_products(x, W, row, feature, d, BM, BN, BD, UPCAST)
+    else:
+        line = row + tl.arange(0, BM)
+        score = products(x, W, line, column, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
+    if HAS_BIAS:
+        bias = tl.load(b_enc + column, mask=column < f, other=float("-inf")).to(tl.float32)
+    else:
+        bias = tl.where(column < f, 0.0, float("-inf"))
+    return score + bias[None, :]
 
 
 @triton.jit
 def _sample_kernel(
-    x, W, b_enc, maxima, rows, f, d, x_stride, w_stride, stride, groups,
-    HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    x, W, b_enc, sample, rows, f, d, x_stride, w_stride, width, stride, group_rows,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(rows, BM)
-    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    block = tl.program_id(0) // row_tiles
-    feature = (block * BN + tl.arange(0, BN)).to(tl.int64) * stride
-    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
-    if HAS_BIAS:
-        score += tl.load(b_enc + feature, mask=feature < f, other=0.0).to(tl.float32)[None, :]
-    score = tl.where((feature < f)[None, :], score, float("-inf"))
-    best = tl.max(tl.reshape(score, (BM, BN // GROUP, GROUP)), 2)  # [BM, BN / GROUP]
-    column = block * (BN // GROUP) + tl.arange(0, BN // GROUP)
-    place = row.to(tl.int64)[:, None] * groups + column[None, :]
-    tl.store(maxima + place, best, mask=(row < rows)[:, None] & (column < groups)[None, :])
+    """sample [rows, width]: the scores of tiles 0, stride, 2 stride, ... of features."""
+    row_tile, tile = _tile(rows, width // BN, BM, group_rows)
+    feature = tile * stride * BN
+    score = _scores(
+        x, W, b_enc, row_tile * BM, feature, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN, BD,
+        UPCAST, TMA,
+    )  # fmt: skip
+    row = row_tile * BM + tl.arange(0, BM)
+    place = row.to(tl.int64)[:, None] * width + (tile * BN + tl.arange(0, BN))[None, :]
+    tl.store(sample + place, score, mask=(row < rows)[:, None])
 
 
 @triton.jit
 def _filter_kernel(
-    x, x_stats, W, w_stats, b_enc, theta, count, index, rows, f, d, x_stride, w_stride, capacity,
-    unit,
+    x, x_stats, W, tops, b_enc, theta, count, index, value, rows, f, d, x_stride, w_stride, tiles,
+    stride, capacity, group_rows, unit,
     HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """Append every feature whose float32 value may reach the row's threshold.
+    """Append every feature whose float32 value may reach the row's threshold, of tiles not sampled.
 
     c, w: float32 row and feature; cb, wb: their bf16 shadows; u = 2^-24. The products of bf16 are
     exact in float32. A tensor core adds them with truncation: each addend loses at most one unit in
-    the last of 24 bits of the block's largest, and blocks are at least four wide, so |score -
-    cb.wb| <= 4 d u |cb||wb|. Then
-        cb.wb - c.w = -(c - cb).w - cb.(w - wb),   |value - c.w| <= 2 d u |c||w|,
-    and with N = |c| + |c - cb| >= |c|, |cb|:
-        |score - value| <= |w| (|c - cb| + 6 d u N) + |w - wb| N (1 + 4 d u).
-    The last factors cover the additions of the bias and the rounding of this very expression.
+    the last of 24 bits of the block's largest, and blocks are at least four wide, so the sum s that
+    it finds has |s - cb.wb| <= 4 d u |cb||wb|. Then
+        cb.wb - c.w = -(c - cb).w - cb.(w - wb),   |sum - c.w| <= 2 d u |c||w|
+    for the float32 sum behind the value, and with N = |c| + |c - cb| >= |c|, |cb|:
+        |s - sum| <= E = |w| (|c - cb| + 6 d u N) + |w - wb| N (1 + 4 d u).
+
+    With the bias b, value = (sum + b)(1 + e), |e| <= u, and score = fl(s + b), one float32
+    addition. If value >= theta, then sum + b >= theta - 2 u |theta|, so s + b >= theta - 2 u
+    |theta| - E. Rounding is monotone: any float32 L at or below the right hand side has score >= L.
+    So one number L a row and tile, with the largest |w| and |w - wb| of the tile in E, and a
+    margin for the rounding of this very expression, drops no feature with value >= theta. What the
+    tile's largest norms let through beyond a feature's own is dropped by `topk_narrow`.
+
+    No score is NaN and none overflows: `topk_narrow.threshold_kernel` sets theta to +inf (keep
+    none; the row fails) where N |w| or N |w - wb| reaches 2^125, and to NaN where a norm is NaN.
     """
-    row_tiles = tl.cdiv(rows, BM)
-    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    feature = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
-    live = row < rows
-    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
-    if HAS_BIAS:
-        score += tl.load(b_enc + feature, mask=feature < f, other=0.0).to(tl.float32)[None, :]
-    norm = tl.load(x_stats + row * 4 + 1, mask=live, other=0.0)
-    lost = tl.load(x_stats + row * 4 + 2, mask=live, other=0.0)
-    norm += lost
-    of_w = (lost + 6.0 * unit * norm) * 1.0001
-    of_lost = norm * (1.0 + 4.0 * unit) * 1.0001
-    w_norm = tl.load(w_stats + feature.to(tl.int64) * 4 + 1, mask=feature < f, other=0.0)
-    w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=feature < f, other=0.0)
-    highest = score + of_w[:, None] * w_norm[None, :] + of_lost[:, None] * w_lost[None, :]
-    highest += tl.abs(score) * 1e-6
-    threshold = tl.load(theta + row, mask=live, other=0.0)
-    # Not (>=): an overflowed bound is NaN and must keep its feature.
-    keep = ~(highest < threshold[:, None]) & live[:, None] & (feature < f)[None, :]
-    append(keep, row, live, feature, count, index, capacity, BM, BN)
+    row_tile, tile = _tile(rows, tiles, BM, group_rows)
+    tile = tile + tile // (stride - 1) + 1  # leaves out the sampled ones
+    row = row_tile * BM + tl.arange(0, BM)
+    score = _scores(
+        x, W, b_enc, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN,
+        BD, UPCAST, TMA,
+    )  # fmt: skip
+    lowest = narrow.lowest_score(
+        theta, x_stats, tl.load(tops + tile * 2), tl.load(tops + tile * 2 + 1), row, rows, unit
+    )
+    append_scores(score, lowest, row, tile * BN, f, count, index, value, capacity, BM, BN, LEAF)
 
 
 def launch(
@@ -154,18 +191,30 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    On a GPU nothing waits for the check of NaN and infinity: a later call raises (_pending.py).
-    While a CUDA graph is captured none is made, and a row with NaN gets an arbitrary answer.
+    A row that holds NaN or infinity, or whose values overflow, is answered with NaN, the features 0
+    to k - 1 and f candidates. On a GPU nothing waits for the check of NaN and infinity in the
+    inputs: a later call raises (_pending.py); while a CUDA graph is captured none is made.
     """
     given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
-    return run(plan(x.shape[0], W_enc.shape[0], k), x, W_enc, b_enc, b_dec, k, given)
+    BN = features_of_a_tile(x)
+    return run(plan(x.shape[0], W_enc.shape[0], k, BN), x, W_enc, b_enc, b_dec, k, given)
+
+
+def features_of_a_tile(x: Tensor) -> int:
+    """256 where wgmma multiplies and rows are long, so that fewer bytes pass from the L2 cache to
+    a multiprocessor; 128 elsewhere, where two programs share one and hide each other's filter."""
+    wide = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 and x.shape[1] >= 1024
+    return 256 if wide else 128
 
 
 def run(
     p: Plan, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
-    screen: tuple[Tensor, Tensor] | None = None,
+    screen: tuple[Tensor, Tensor] | None = None, tma: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`launch` cut up as `p` says; the answer is the same for every plan."""
+    """`launch` cut up as `p` says; the answer is the same for every plan.
+
+    tma: read tiles through tensor descriptors; None for where the device has the copy engine.
+    """
     n, f = x.shape[0], W_enc.shape[0]
     values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int32, device=x.device)
     candidates = torch.empty(n, dtype=torch.int32, device=x.device)
@@ -176,23 +225,17 @@ def run(
         _look(x, W_enc, b_enc, b_dec, None)
     with torch.cuda.device_of(x):
         shadow = screen_of(W_enc, screen) if p.capacity < f and n else None
+        tops = None if shadow is None else narrow.tops(shadow[1], p.BN)
         for first in range(0, n, p.rows):
             rows = slice(first, min(first + p.rows, n))
             lists = select.Lists(rows.stop - first, p.capacity, x.device)
-            if shadow is not None:
-                _screen(p, x[rows], b_dec, *shadow, b_enc, lists)
+            if shadow is not None and tops is not None:
+                x_stats = _screen(p, x[rows], b_dec, *shadow, tops, b_enc, lists, tma)
+                narrow.values(lists, x[rows], x_stats, W_enc, shadow[1], b_enc, b_dec, k)
             select.answer(
-                lists,
-                x[rows],
-                W_enc,
-                b_enc,
-                b_dec,
-                k,
-                p.slots,
-                values[rows],
-                indices[rows],
-                candidates[rows],
-            )
+                lists, x[rows], W_enc, b_enc, b_dec, k, p.slots, values[rows], indices[rows],
+                candidates[rows], valued=shadow is not None,
+            )  # fmt: skip
     if x.is_cuda:
         _look(x, W_enc, b_enc, b_dec, None if shadow is None else shadow[1][:, 1])
     return values, indices, candidates
@@ -207,44 +250,57 @@ def screen_of(W_enc: Tensor, screen: tuple[Tensor, Tensor] | None) -> tuple[Tens
 
 
 def _screen(
-    p: Plan, x: Tensor, b_dec: Tensor | None, w_shadow: Tensor, w_stats: Tensor,
-    b_enc: Tensor | None,
-    lists: select.Lists,
-) -> None:  # fmt: skip
-    """Predict and filter: fill the lists of these rows."""
+    p: Plan, x: Tensor, b_dec: Tensor | None, w_shadow: Tensor, w_stats: Tensor, tops: Tensor,
+    b_enc: Tensor | None, lists: select.Lists, tma: bool | None,
+) -> Tensor:  # fmt: skip
+    """Sample and filter: fill the lists of these rows; return their statistics."""
     (rows, d), f = x.shape, w_stats.shape[0]
-    x_shadow, x_stats = shadow_rows(x, b_dec)
-    bias = w_stats if b_enc is None else b_enc
-    maxima = torch.empty(rows, p.groups, dtype=torch.float32, device=x.device)
+    shadows: tuple[Tensor, Tensor] = shadow_rows(x, b_dec)
+    x_shadow, x_stats = shadows
+    tiles, sampled = triton.cdiv(f, p.BN), triton.cdiv(triton.cdiv(f, p.BN), p.stride)
+    sample = torch.empty(rows, sampled * p.BN, dtype=torch.float32, device=x.device)
     row_tiles = triton.cdiv(rows, p.BM)
-    common = {
-        "HAS_BIAS": b_enc is not None,
-        "BM": p.BM,
-        "BN": p.BN,
-        "BD": p.BD,
-        "UPCAST": not x.is_cuda,
-    }
+    group_rows = min(max(RESIDENT // (2 * d * p.BM), 1), row_tiles) if d else row_tiles
+    tma = described(x_shadow, w_shadow) if tma is None else tma
+    a, b = x_shadow, w_shadow
+    if tma:
+        a = TensorDescriptor(a, [rows, d], [a.stride(0), 1], [p.BM, p.BD])
+        b = TensorDescriptor(b, [f, d], [b.stride(0), 1], [p.BN, p.BD])
+    bias = w_stats if b_enc is None else b_enc
     sizes = (rows, f, d, x_shadow.stride(0), w_shadow.stride(0))
-    _sample_kernel[(row_tiles * triton.cdiv(p.groups * p.group, p.BN),)](
-        x_shadow,
-        w_shadow,
-        bias,
-        maxima,
-        *sizes,
-        p.stride,
-        p.groups,
-        GROUP=p.group,
-        **common,
-        **OPTIONS,
+    common = {
+        "HAS_BIAS": b_enc is not None, "BM": p.BM, "BN": p.BN, "BD": p.BD,
+        "UPCAST": not x.is_cuda, "TMA": tma, **OPTIONS,
+    }  # fmt: skip
+    _sample_kernel[(row_tiles * sampled,)](
+        a, b, bias, sample, *sizes, sample.shape[1], p.stride, group_rows, **common
     )
-    select.threshold(maxima, p.rank, lists.theta)
-    _filter_kernel[(row_tiles * triton.cdiv(f, p.BN),)](
-        x_shadow, x_stats, w_shadow, w_stats, bias, lists.theta, lists.count, lists.index,
-        *sizes, p.capacity, d * 2.0**-24, **common, **OPTIONS,
-    )  # fmt: skip
+    narrow.sampled(p, sample, x_stats, tops, lists, f, d)
+    if tiles > sampled:
+        _filter_kernel[(row_tiles * (tiles - sampled),)](
+            a, x_stats, b, tops, bias, lists.theta, lists.count, lists.index, lists.value, *sizes,
+            tiles - sampled, p.stride, p.capacity, group_rows, d * 2.0**-24,
+            LEAF=leaf(p, x), **common,
+        )  # fmt: skip
+    return x_stats
+
+
+def described(x: Tensor, W: Tensor) -> bool:
+    """Whether the copy engine can read both: from sm_90 on, rows of a multiple of 16 bytes."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    return all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] for t in (x, W))
+
+
+def leaf(p: Plan, x: Tensor) -> int:
+    """LEAF of `append_scores` for this device; 0 for tiles and devices whose layout is another."""
+    if not x.is_cuda or p.BM < 128 or p.BN < 128:
+        return 0
+    return LEAVES.get(torch.cuda.get_device_capability(x.device)[0], 0)
 
 
 OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+LEAVES = {8: 32, 9: 8}  # mma.sync: four of the eight warps along the columns; wgmma: one
 
 
 def _look(

@@ -11,6 +11,7 @@ from torch import Tensor
 TILE = (1, 32)  # rows and candidates computed together
 WIDTH = 128  # columns of x read at a time
 BLOCK = 64  # candidates compared with as many others
+SPREAD = 4  # programs that share a row's listed features
 SCAN = 256  # features of a repaired row looked at together
 
 
@@ -99,22 +100,22 @@ def _value_kernel(
     HAS_BIAS: tl.constexpr,
     ALL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """float32 values of the listed features; with ALL, list all features first."""
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    first = tl.program_id(1) * BC
-    at = (first + tl.arange(0, BC))[None, :]
     listed = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
-    if first >= tl.max(listed, 0):
-        return
-    live = at < listed[:, None]  # [BN, BC]
-    place = row[:, None] * capacity + at
-    if ALL:
-        feature = at + tl.full((BN, BC), 0, tl.int32)
-        tl.store(index + place, feature, mask=live)
-    else:
-        feature = tl.load(index + place, mask=live, other=0)
-    row = tl.where(row < rows, row, 0)
-    result = _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC, HAS_BIAS, BN, BC, BD)
-    tl.store(value + place, result, mask=live)
+    most = tl.max(listed, 0)
+    here = tl.where(row < rows, row, 0)
+    for first in range(tl.program_id(1) * BC, most, BC * tl.num_programs(1)):
+        at = (first + tl.arange(0, BC))[None, :]
+        live = at < listed[:, None]  # [BN, BC]
+        place = row[:, None] * capacity + at
+        if ALL:
+            feature = at + tl.full((BN, BC), 0, tl.int32)
+            tl.store(index + place, feature, mask=live)
+        else:
+            feature = tl.load(index + place, mask=live, other=0)
+        result = _dots(x, b_dec, W, bias, here, feature, live, d, HAS_B_DEC, HAS_BIAS, BN, BC, BD)
+        tl.store(value + place, result, mask=live)
 
 
 @triton.jit
@@ -123,7 +124,11 @@ def _select_kernel(
     LISTED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Place each candidate by how many are better; check that the row lost none. LISTED: failed
-    rows."""
+    rows.
+
+    A value of -inf means that it was not computed. A row with a value that is NaN or inf, or with a
+    threshold that is NaN, gets k NaN, the features 0 to k - 1 and f candidates.
+    """
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     live = row < rows
     if LISTED:
@@ -133,16 +138,24 @@ def _select_kernel(
         live = row < failing
         row = tl.load(failed + row, mask=live, other=0).to(tl.int64)
     passed = tl.load(count + row, mask=live, other=0)
-    listed = tl.minimum(passed, capacity)[:, None]
+    listed = tl.where(passed > capacity, 0, passed)[:, None]
     most = tl.max(tl.max(listed, 1), 0)
     threshold = tl.load(theta + row, mask=live, other=0.0)[:, None]
+    bad = threshold != threshold  # [BN, 1]
+    computed = tl.full((BN,), 0, tl.int32)
+    for first in range(0, most, BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        mask = at < listed
+        mine = tl.load(value + row[:, None] * capacity + at, mask=mask, other=float("-inf"))
+        wrong = ((mine != mine) | (mine == float("inf"))) & mask
+        bad = bad | (tl.max(wrong.to(tl.int32), 1) > 0)[:, None]
+        computed += tl.sum((mask & (mine > float("-inf"))).to(tl.int32), 1)
     reached = tl.full((BN,), 0, tl.int32)
     for first in range(0, most, BC):
         at = (first + tl.arange(0, BC))[None, :]
-        mine = tl.load(
-            value + row[:, None] * capacity + at, mask=at < listed, other=0.0
-        )  # [BN, BC]
-        feature = tl.load(index + row[:, None] * capacity + at, mask=at < listed, other=0)
+        mask = at < listed
+        mine = tl.load(value + row[:, None] * capacity + at, mask=mask, other=0.0)  # [BN, BC]
+        feature = tl.load(index + row[:, None] * capacity + at, mask=mask, other=0)
         key = _key(mine, feature)
         better = tl.full((BN, BC), 0, tl.int32)
         for other in range(0, most, BC):
@@ -152,16 +165,24 @@ def _select_kernel(
             their_key = _key(their, tl.load(index + place, mask=at_other < listed, other=0))
             their_key = tl.where(at_other < listed, their_key, -4611686018427387905)
             better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
-        chosen = (at < listed) & (better < k)
+        chosen = mask & (better < k) & ~bad
         place = row[:, None] * k + better
         tl.store(values + place, mine.to(values.dtype.element_ty), mask=chosen)
         tl.store(indices + place, feature, mask=chosen)
         reached += tl.sum((chosen & (mine >= threshold)).to(tl.int32), 1)
+    for first in range(0, tl.where(tl.max(bad.to(tl.int32)) > 0, k, 0), BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        mask = (at < k) & bad & live[:, None]
+        place = row[:, None] * k + at
+        nan = tl.full((BN, BC), float("nan"), tl.float32)
+        tl.store(values + place, nan.to(values.dtype.element_ty), mask=mask)
+        tl.store(indices + place, at + tl.full((BN, BC), 0, tl.int32), mask=mask)
+    wrong = tl.max(bad.to(tl.int32), 1) > 0
     if LISTED:
         tl.store(candidates + row, tl.full((BN,), 0, tl.int32) + f, mask=live)
     else:
-        tl.store(candidates + row, passed, mask=live)
-        fails = live & ((reached < k) | (passed > capacity))
+        tl.store(candidates + row, tl.where(wrong, f, computed), mask=live)
+        fails = live & ((reached < k) | (passed > capacity)) & ~wrong
         at = tl.atomic_add(
             failures + tl.full((BN,), 0, tl.int32), fails.to(tl.int32), mask=fails, sem="relaxed"
         )
@@ -261,66 +282,72 @@ def threshold(maxima: Tensor, rank: int, theta: Tensor) -> None:
     )
 
 
+def weights(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> list[Tensor]:
+    """x, b_dec, W_enc, b_enc as the kernels take them, x in place of what is absent."""
+    return [x, x if b_dec is None else b_dec, W_enc, x if b_enc is None else b_enc]
+
+
+def constants(b_enc: Tensor | None, b_dec: Tensor | None) -> dict[str, bool | int]:
+    """Constants of the kernels that compute values."""
+    return {
+        "HAS_B_DEC": b_dec is not None, "HAS_BIAS": b_enc is not None, "BD": WIDTH,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def tile(x: Tensor) -> tuple[int, int]:
+    """Rows and candidates of a program. An interpreted one costs milliseconds, so it takes many
+    rows; no sum depends on how many."""
+    return TILE if x.is_cuda else (32, 32)
+
+
+def value(
+    lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
+    count: Tensor, everything: bool = False,
+) -> None:  # fmt: skip
+    """Compute the first count [rows] listed features of every row in float32."""
+    (rows, d), capacity = x.shape, lists.index.shape[1]
+    BN, BC = tile(x)
+    blocks = triton.cdiv(capacity, BC)
+    _value_kernel[(triton.cdiv(rows, BN), blocks if everything else min(blocks, SPREAD))](
+        *weights(x, W_enc, b_enc, b_dec), count, lists.index, lists.value, rows, d, capacity,
+        ALL=everything, BN=BN, BC=BC, **constants(b_enc, b_dec),
+    )  # fmt: skip
+
+
 def answer(
     lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
-    slots: int,
-    values: Tensor, indices: Tensor, candidates: Tensor,
+    slots: int, values: Tensor, indices: Tensor, candidates: Tensor, valued: bool = False,
 ) -> None:  # fmt: skip
     """Compute the listed features, write the k best of every row, repair rows whose list fell
-    short."""
+    short.
+
+    valued: the lists hold their values already.
+    """
     (rows, d), f = x.shape, W_enc.shape[0]
     capacity = lists.index.shape[1]
     everything = capacity == f
-    weights = (b_dec if b_dec is not None else x, W_enc, b_enc if b_enc is not None else x)
-    # An interpreted program costs milliseconds, so it takes many rows; no sum depends on how many.
-    BN, BC = TILE if x.is_cuda else (32, 32)
-    BF = BC if x.is_cuda else 512
-    has = {
-        "HAS_B_DEC": b_dec is not None,
-        "HAS_BIAS": b_enc is not None,
-        "BD": WIDTH,
-        "enable_fp_fusion": True,
-    }
+    BN, BC = tile(x)
     if everything:
         lists.count.fill_(f)
-    blocks = triton.cdiv(rows, BN)
-    _value_kernel[(blocks, triton.cdiv(capacity, BC))](
-        x,
-        *weights,
-        lists.count,
-        lists.index,
-        lists.value,
-        rows,
-        d,
-        capacity,
-        ALL=everything,
-        BN=BN,
-        BC=BC,
-        **has,
-    )
+    if everything or not valued:
+        value(lists, x, W_enc, b_enc, b_dec, lists.count, everything)
     chosen = (
         lists.theta, lists.count, lists.index, lists.value, lists.failed, lists.failures,
         values, indices, candidates, rows, k, f, capacity,
     )  # fmt: skip
+    blocks = triton.cdiv(rows, BN)
     _select_kernel[(blocks,)](*chosen, LISTED=False, BN=BN, BC=BLOCK, enable_fp_fusion=True)
     if everything:
         return
+    BF = BC if x.is_cuda else 512
     slots = min(slots, rows)
     scratch = torch.empty(slots, f, dtype=torch.int32, device=x.device)
-    repair = (x, *weights, lists.failed, lists.failures, scratch)
+    repair = (*weights(x, W_enc, b_enc, b_dec), lists.failed, lists.failures, scratch)
+    has = constants(b_enc, b_dec)
     _repair_value_kernel[(triton.cdiv(f, BF),)](*repair, f, d, slots, BC=BF, **has)
     _repair_pick_kernel[(slots,)](
-        *repair,
-        lists.count,
-        lists.index,
-        lists.value,
-        f,
-        d,
-        k,
-        capacity,
-        slots,
-        BC=BF,
-        BF=SCAN,
-        **has,
-    )
+        *repair, lists.count, lists.index, lists.value, f, d, k, capacity, slots,
+        BC=BF, BF=SCAN, **has,
+    )  # fmt: skip
     _select_kernel[(blocks,)](*chosen, LISTED=True, BN=BN, BC=BLOCK, enable_fp_fusion=True)

@@ -1,0 +1,79 @@
+"""The kernels of `topk_encode`: tiles for short and for long rows, and what follows the filter."""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+from aot.case import Case, types
+from microtome.kernels import topk_encode, topk_narrow, topk_select
+
+n, f, k = 8192, 24576, 32
+FUSED = {"enable_fp_fusion": True}
+SCALARS = {"width": "i32/16", **types("i32", "tiles group_rows groups stride")}
+
+
+def cases() -> dict[str, Case]:
+    """Every kernel at the tile its host function chooses on the architecture of argv[1]."""
+    return {**products(int(sys.argv[1])), **after()}
+
+
+def products(arch: int) -> dict[str, Case]:
+    """Sample and filter: pointers and mma.sync below sm_90, descriptors and wgmma there."""
+    out = {}
+    for BN in (128, 256) if arch >= 90 else (128,):
+        plan = topk_encode.plan(n, f, k, BN)
+        constants = {
+            "HAS_BIAS": True, "BM": plan.BM, "BN": BN, "BD": plan.BD, "UPCAST": False,
+            "TMA": arch >= 90,
+        }  # fmt: skip
+        inputs = types("*bf16/16", "x W")
+        if arch >= 90:
+            constants |= {"x_stride": 0, "w_stride": 0}
+            inputs = {
+                "x": f"tensordesc<bf16[{plan.BM}, {plan.BD}]>",
+                "W": f"tensordesc<bf16[{BN}, {plan.BD}]>",
+            }
+        scalars = {**SCALARS, **inputs}
+        needs = ("HGMMA", "UTMALDG") if arch >= 90 else ("HMMA",)
+        leaf = {"LEAF": topk_encode.LEAVES[arch // 10]}
+        for name, kernel, more in (
+            ("sample", topk_encode._sample_kernel, {}),
+            ("filter", topk_encode._filter_kernel, leaf),
+        ):  # fmt: skip
+            out[f"topk_encode.{name}_{BN}"] = Case(
+                kernel, {**constants, **more}, {}, topk_encode.OPTIONS, scalars, needs
+            )
+    return out
+
+
+def after() -> dict[str, Case]:
+    """From the sample and the lists to the answer."""
+    plan = topk_encode.plan(n, f, k)
+    dots = {"HAS_B_DEC": True, "HAS_BIAS": True, "BD": topk_select.WIDTH}
+    BN, BC = topk_select.TILE
+    value = {**dots, "ALL": False, "BN": BN, "BC": BC}
+    groups = triton.next_power_of_2(plan.groups)
+    length = triton.next_power_of_2(plan.capacity)
+    sampled = {"TILE": 128, "GROUP": plan.group, "BR": 1, "BG": groups, "BC": topk_narrow.CHUNK}
+    pick = {**dots, "BC": BC, "BF": topk_select.SCAN}
+    select = {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}
+    halves = types("bf16", "x b_dec W bias")
+    sure = {"sure": "i32"}
+    warps = {**FUSED, "num_warps": topk_narrow.warps(length)}
+    kernels = {
+        "tops": (topk_narrow._tops_kernel, {"BN": 128}, {}, FUSED),
+        "sampled": (topk_narrow._sampled_kernel, sampled, {}, topk_narrow.THRESHOLD_OPTIONS),
+        "narrow": (topk_narrow._narrow_kernel, {"BR": 1, "BC": length}, sure, warps),
+        "value": (topk_select._value_kernel, value, {}, FUSED),
+        "value_bf16": (topk_select._value_kernel, value, halves, FUSED),
+        "rest": (topk_narrow._rest_kernel, {**dots, "BN": BN, "BC": BC}, sure, FUSED),
+        "rest_bf16": (
+            topk_narrow._rest_kernel, {**dots, "BN": BN, "BC": BC}, {**sure, **halves}, FUSED,
+        ),
+        "threshold": (topk_select._threshold_kernel, {"BN": 1, "BG": groups}, {}, FUSED),
+        "select": (topk_select._select_kernel, select, {}, FUSED),
+        "repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, FUSED),
+        "repair_pick": (topk_select._repair_pick_kernel, pick, {}, FUSED),
+    }  # fmt: skip
+    return {f"topk_encode.{name}": Case(*parts, SCALARS) for name, parts in kernels.items()}
