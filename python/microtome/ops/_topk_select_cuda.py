@@ -83,7 +83,9 @@ def answer(
     Args:
         lists: the candidates; their values are written.
         x: [n, d] contiguous, float32 or bfloat16.
-        W_enc: [f, d], b_enc [f] or None, b_dec [d] or None: contiguous, dtype of x.
+        W_enc: [f, d] contiguous, dtype of x.
+        b_enc: [f] or None.
+        b_dec: [d], subtracted from every row of x, or None.
         k: how many of each row to keep.
         values: [n, k], dtype of x, written: value descending, then index ascending.
         indices: [n, k] int32, written.
