@@ -26,6 +26,11 @@
 
 namespace microtome::cuda {
 
+template <class T>
+__host__ __device__ T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
 struct Geometry {
     dim3 grid, block;
     size_t shared = 0;  // bytes of dynamic shared memory

@@ -169,6 +169,14 @@ template <class T>
 T __ldg(const T* at) {
     return *at;
 }
+template <class T>
+T __ldcs(const T* at) {
+    return *at;
+}
+template <class T>
+void __stcs(T* at, T value) {
+    *at = value;
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }

@@ -280,7 +280,7 @@ def test_a_step_beyond_float32_names_the_row(backend: str) -> None:
     params[0][5] = 3e38
     rule = UpdateRule("sgd", lr=10.0, beta1=0.0, weight_decay=1.0)
     indices, values, slopes, grad_out, x = batches(1)[0]
-    kind = "bf16" if backend == "triton" else "q15"
+    kind = "bf16" if backend in ("cuda", "triton") else "q15"
     screen = Screen(kind, torch.zeros(F, 32, dtype=torch.int16), torch.zeros(F, 4))
     code = Code(indices, values, slopes, grad_out)
     with (

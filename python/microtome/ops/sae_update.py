@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome.ops import _sae_update_cuda
 from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops import _sae_update_states as states
 from microtome.ops._registry import Backend, Op, why_not_common
@@ -266,6 +267,7 @@ _update = Op(
     sae_update_reference,
     fake=_fake,
     backends=(
+        Backend("cuda", "microtome.ops._sae_update_cuda:update", _sae_update_cuda.why_not),
         Backend("triton", "microtome.kernels.sae_update:launch", _why_not_triton),
         Backend("cpu", "microtome.ops.sae_update:sae_update_cpu", _why_not_cpu),
     ),
