@@ -48,6 +48,7 @@ struct Block {
     std::map<std::pair<unsigned, uint32_t>, Meeting> meetings;  // by warp and mask
     std::vector<std::function<void()>> pending;
     std::vector<unsigned char> shared;
+    size_t shared_bytes = 0;
     ucontext_t scheduler;
     const std::function<void()>* body = nullptr;
     std::string failure;
@@ -57,6 +58,7 @@ struct Block {
 thread_local Block* block = nullptr;
 thread_local Order order = Order::kForward;
 thread_local uint64_t seed = 0;
+thread_local uint64_t serial = 0;
 
 Fiber& self() { return block->fibers[block->current]; }
 
@@ -161,6 +163,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
     b.turns.resize(size);
     b.random.seed(seed);
     b.body = &body;
+    b.shared_bytes = shared_bytes;
     for (unsigned i = 0; i < size; ++i) {
         b.fibers[i].stack.reset(new char[kStack]);
         b.fibers[i].thread = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
@@ -181,6 +184,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
             b.alive = static_cast<int>(size);
             b.shared.assign(shared_bytes + kAlignment, 0xFF);
             b.meetings.clear();
+            ++serial;
             for (Barrier& barrier : b.barriers) barrier = {};
             for (unsigned t = 0; t < size; ++t) {
                 begin(b.fibers[t]);
@@ -200,6 +204,9 @@ unsigned char* dynamic_shared() {
     const auto address = reinterpret_cast<uintptr_t>(block->shared.data());
     return block->shared.data() + (kAlignment - address % kAlignment) % kAlignment;
 }
+
+size_t dynamic_shared_bytes() { return block->shared_bytes; }
+uint64_t block_serial() { return serial; }
 
 void wait_until(const std::function<bool()>& ready, const char* what) {
     if (!ready()) pause(&ready, what);

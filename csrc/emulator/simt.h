@@ -36,6 +36,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void set_order(Order order, uint64_t seed);
 
 unsigned char* dynamic_shared();  // 1024-byte aligned
+size_t dynamic_shared_bytes();
+uint64_t block_serial();  // another number for every block that is run
 
 // Let others run until `ready` holds. It is asked between turns and must not change anything.
 void wait_until(const std::function<bool()>& ready, const char* what);
