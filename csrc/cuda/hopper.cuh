@@ -35,8 +35,6 @@ constexpr uint64_t kNextColumns = 32 >> 4;
 
 using TensorMap = CUtensorMap;
 
-#if MICROTOME_SM90A
-
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
@@ -150,8 +148,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-#endif
 
 #else
 
