@@ -8,6 +8,9 @@ namespace {
 
 using namespace encode;
 
+// Counted in 32 bits, also the tile after a block's last.
+constexpr int64_t kMost = (int64_t{1} << 31) - 1 - (1 << 16);
+
 int64_t tiles_of(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
 int multiprocessors() {
@@ -30,9 +33,7 @@ template <class Epilogue>
 void run(const char* name, const Matrix& x, const Matrix& w, int64_t d, const Epilogue& epilogue, uintptr_t stream) {
     const int64_t row_tiles = tiles_of(x.rows, kRows), feature_tiles = tiles_of(w.rows, kFeatures);
     if (row_tiles == 0 || feature_tiles == 0) return;
-    // A block counts its tiles, and the tile after its last, in 32 bits.
-    const int64_t most = (int64_t{1} << 31) - 1 - (1 << 16);
-    if (row_tiles * feature_tiles > most || x.rows > most || w.rows > most || d > most) {
+    if (row_tiles * feature_tiles > kMost || x.rows > kMost || w.rows > kMost || d > kMost) {
         throw std::runtime_error(std::string(name) + ": too many rows or features for one launch");
     }
     const Work work{static_cast<int>(x.rows), static_cast<int>(w.rows), static_cast<int>(tiles_of(d, kDepth)),
@@ -51,13 +52,14 @@ void run(const char* name, const Matrix& x, const Matrix& w, int64_t d, const Ep
 void topk_encode_filter(uintptr_t x, int64_t x_stride, uintptr_t x_stats, uintptr_t w, int64_t w_stride,
                         uintptr_t w_stats, uintptr_t b_enc, uintptr_t theta, uintptr_t count, uintptr_t index,
                         int64_t rows, int64_t f, int64_t d, int64_t capacity, uintptr_t stream) {
+    if (capacity > kMost) throw std::runtime_error("topk_encode_filter: too large a capacity");
     const Filter filter{reinterpret_cast<const float4*>(x_stats),
                         reinterpret_cast<const float4*>(w_stats),
                         reinterpret_cast<const float*>(b_enc),
                         reinterpret_cast<const float*>(theta),
                         reinterpret_cast<int*>(count),
                         reinterpret_cast<int*>(index),
-                        static_cast<int>(std::min<int64_t>(capacity, f)),
+                        static_cast<int>(capacity),
                         static_cast<float>(d) * 0x1p-24f};
     run("topk_encode_filter", {x, rows, x_stride}, {w, f, w_stride}, d, filter, stream);
 }

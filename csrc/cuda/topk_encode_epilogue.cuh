@@ -36,8 +36,8 @@ struct Filter {
     struct Thread {
         const Filter& filter;
         const int lane;
-        int row = 0, rows = 0;        // the thread's first row; the other is 8 on
-        float4 stats[2];              // of the rows: asked for before the products, looked at after them
+        int row = 0, rows = 0;  // the thread's first row; the other is 8 on
+        float4 stats[2];        // of the rows: asked for before the products, looked at after them
         float threshold[2];
         // Of the last tile: bit 2 j + e of 64 is feature first + 8 j + e; where the row's entries go, and the thread's
         // after those of lanes to its left, 16 bits a row.

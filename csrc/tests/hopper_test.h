@@ -1,4 +1,4 @@
-// The tests of csrc/emulator/hopper.h: run by the C++ tests, and from Python by way of the emulated extension.
+// The tests of csrc/emulator/hopper.h, run from Python by way of the emulated extension.
 #pragma once
 
 #include <string>

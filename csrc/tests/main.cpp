@@ -1,7 +1,6 @@
 // The C++ tests: what Python cannot see, which is every read and write past a buffer (`make sanitize`), and every
 // instruction set in one process. The numbers themselves are tested from Python, in tests/ops.
 #include "check.h"
-#include "hopper_test.h"
 
 namespace microtome::test {
 
@@ -42,7 +41,6 @@ int main() {
     microtome::test::name();
     using namespace microtome::test;
     EACH_TEST(RUN)
-    EACH_HOPPER_TEST(RUN)
     std::printf(failures ? "%d CHECKs failed\n" : "all passed\n", failures);
     return failures != 0;
 }

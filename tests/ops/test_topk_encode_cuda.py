@@ -112,7 +112,7 @@ def test_what_may_reach_the_threshold_is_kept_and_nothing_else(n, f, d, order):
     (xb, x_stats), (wb, w_stats) = shadow_rows(x), shadow_rows(W_enc)
     score = xb.double() @ wb.double().T + b_enc.double()
     theta = score.quantile(0.9, dim=1).float()
-    lists = lists_of(theta, f)
+    lists = lists_of(theta, f + 3)
     hopper.keep(xb, x_stats, wb, w_stats, b_enc, lists)
     c, lost_x = x_stats[:, 1:3].double().T
     w, lost_w = w_stats[:, 1:3].double().T
@@ -186,6 +186,19 @@ def test_the_answer_from_the_lists_is_the_reference(order):
     assert proved.double().mean() > 0.9
     assert torch.equal(got[1][proved].int(), indices[proved])
     torch.testing.assert_close(got[0][proved], values[proved])
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [
+        ("sample", (0, 8, 0, 8, 0, 0, 2**33, 8, 8, 1, 1, 0)),
+        ("filter", (0, 8, 0, 0, 8, 0, 0, 0, 0, 0, 8, 2**33, 8, 8, 0)),
+    ],
+)
+def test_more_than_32_bits_count_is_refused(call, sizes):
+    launch = getattr(hopper._native.cuda(), f"topk_encode_{call}")
+    with pytest.raises(RuntimeError, match=f"topk_encode_{call}: too many rows or features"):
+        launch(*sizes)
 
 
 def test_an_empty_batch_launches_nothing():
