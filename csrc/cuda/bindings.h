@@ -9,6 +9,7 @@
 
 #include "cuda/sae_update.h"
 #include "cuda/shapley_reduce.h"
+#include "cuda/topk_encode.h"
 #include "cuda/topk_select.h"
 
 namespace microtome::cuda {
@@ -54,6 +55,8 @@ inline void bind(pybind11::module_& m) {
     m.def("sae_update", &bind_sae_update, nogil);
     m.def("select_candidates", &select_candidates, nogil);
     m.def("shapley_reduce", &shapley_reduce, nogil);
+    m.def("topk_encode_filter", &topk_encode_filter, nogil);
+    m.def("topk_encode_sample", &topk_encode_sample, nogil);
     m.def("update_programs", &update_programs);
 }
 

@@ -6,6 +6,7 @@
 
 #include "cuda/bindings.h"
 #include "emulator/simt.h"
+#include "tests/hopper_test.h"
 
 PYBIND11_MODULE(_emulated_ext, m) {
     microtome::cuda::bind(m);
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_emulated_ext, m) {
                                                 : Order::kShuffled;
         microtome::simt::set_order(order, seed);
     });
+    m.def("failing_hopper_tests", &microtome::test::run_hopper_tests);
 }

@@ -56,6 +56,7 @@ struct Block {
     std::vector<std::function<void()>> pending;
     std::vector<unsigned char> shared;
     std::map<const void*, std::vector<unsigned char>> arrays;  // shared ones, by what names them
+    size_t shared_bytes = 0;
     const std::function<void()>* body = nullptr;
     std::string failure;
     std::mt19937_64 random;
@@ -64,6 +65,7 @@ struct Block {
 thread_local Block* block = nullptr;
 thread_local Order order = Order::kForward;
 thread_local uint64_t seed = 0;
+thread_local uint64_t serial = 0;
 
 // Stacks live on between launches.
 Fiber& stack_of(size_t thread) {
@@ -166,6 +168,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
     b.turns.resize(size);
     b.random.seed(seed);
     b.body = &body;
+    b.shared_bytes = shared_bytes;
     for (unsigned i = 0; i < size; ++i) {
         b.threads[i].fiber = &stack_of(i);
         b.threads[i].at = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
@@ -187,6 +190,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
             b.shared.assign(shared_bytes + kAlignment, 0xFF);
             for (auto& [key, array] : b.arrays) std::fill(array.begin(), array.end(), 0xFF);
             for (Warp& warp : b.warps) warp = {};
+            ++serial;
             for (Barrier& barrier : b.barriers) barrier = {};
             for (unsigned t = 0; t < size; ++t) {
                 b.threads[t].done = false;
@@ -215,6 +219,8 @@ void* shared_array(const void* key, size_t bytes) {
     const auto address = reinterpret_cast<uintptr_t>(array.data());
     return array.data() + (kAlignment - address % kAlignment) % kAlignment;
 }
+size_t dynamic_shared_bytes() { return block->shared_bytes; }
+uint64_t block_serial() { return serial; }
 
 void wait_until(const std::function<bool()>& ready, const char* what) {
     if (!ready()) pause(&ready, what);

@@ -38,6 +38,8 @@ void set_order(Order order, uint64_t seed);
 unsigned char* dynamic_shared();  // 1024-byte aligned
 // The block's array named by `key`, an address; like all shared memory it starts out as 0xFF bytes in every block.
 void* shared_array(const void* key, size_t bytes);
+size_t dynamic_shared_bytes();
+uint64_t block_serial();  // another number for every block that is run
 
 // Let others run until `ready` holds. It is asked between turns and must not change anything.
 void wait_until(const std::function<bool()>& ready, const char* what);
@@ -177,6 +179,8 @@ template <class T>
 void __stcs(T* at, T value) {
     *at = value;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }
