@@ -89,8 +89,8 @@ class Device:
 
     def free(self) -> None:
         """Give back what Python and the caching allocator hold."""
-        gc.collect()
         if not self.dry:
+            gc.collect()
             torch.cuda.empty_cache()
 
     @property
@@ -120,8 +120,8 @@ class Device:
             most: calls in a round, fewer where they are long, never below three.
         """
         if self.dry:
-            times = [self._clock(run) for _ in range(2)]
-            return Timing(times, [min(times), max(times)], times[0])
+            ms = self._clock(run)
+            return Timing([ms, ms], [ms, ms], ms, None, "a dry run")
         for _ in range(2):
             run()
         self.synchronise()
@@ -191,7 +191,6 @@ class Device:
     def peak(self, run: Run) -> float | None:
         """MiB beyond what is held before that a call needs at most; None on the processor."""
         if self.dry:
-            run()
             return None
         self.free()
         self.synchronise()

@@ -193,6 +193,7 @@ def measure(context: Context, base: Row, subject: Subject, *, repeats: int = 0) 
         out["check"] = subject.check()
         device.synchronise()
         if repeats:
+            repeats = 2 if device.dry else repeats
             same_bits(subject.repeat or subject.run, repeats)
             out["bit_equal_repeats"] = repeats
     except DisagreementError as error:

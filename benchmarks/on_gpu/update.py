@@ -272,6 +272,7 @@ def features(
         db = code.scale * grad.sum()
         W = before[2][g].to(dtype)
         dW_dec = dW_dec - (dW_dec @ W) / (W @ W) * W
+        still = rule.rowsparse and not bool((value != 0).any())
         for i, gradient in enumerate((dW_enc, db, dW_dec)):
             p = before[i][g].to(dtype)
             m, v = (
@@ -283,7 +284,8 @@ def features(
             v = rule.beta2 * v + (1 - rule.beta2) * gradient * gradient
             root = v.sqrt() / (1 - rule.beta2**STEP) ** 0.5 + rule.eps
             p = p - rule.lr / (1 - rule.beta1**STEP) * m / root
-            out[i].append(p / p.norm() if i == 2 else p)
+            moved = p / p.norm() if i == 2 else p
+            out[i].append(before[i][g].to(dtype) if still else moved)
     return [torch.stack(parts) for parts in out]
 
 
