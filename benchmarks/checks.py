@@ -11,41 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.agreement import DisagreementError, largest_difference, within
 from benchmarks.inputs import Inputs
 from microtome.ops import Screen, sae_update, screen_weights, use_backend
 from microtome.ops.sae_update import Code, UpdateRule, apply_rule
-from microtome.testing import max_error
 
 ROWS = 8
-
-
-class DisagreementError(Exception):
-    """The op's answer is further from float64 than the rule allows."""
 
 
 def sample(n: int) -> Tensor:
     """Row numbers spread over [0, n), first and last among them."""
     return torch.linspace(0, n - 1, min(n, ROWS)).round().long().unique()
-
-
-def within(what: str, got: Tensor, plain: Tensor, exact: Tensor) -> dict[str, float]:
-    """Compare by the rule, or raise.
-
-    Args:
-        what: name for the message.
-        got: the op's answer, float32.
-        plain: the same by plain PyTorch in float32.
-        exact: the same in float64.
-
-    Returns:
-        {"<what>_error": ..., "<what>_allowed": ...}.
-    """
-    rounding = torch.finfo(torch.float32).eps * float(exact.abs().max()) if exact.numel() else 0.0
-    error, allowed = max_error(got, exact), 2 * max_error(plain, exact) + rounding
-    if not error <= allowed:
-        msg = f"{what}: error {error:.3e}, plain PyTorch allows {allowed:.3e}"
-        raise DisagreementError(msg)
-    return {f"{what}_error": error, f"{what}_allowed": allowed}
 
 
 def preactivations(inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +77,7 @@ def check_code(
         * inputs.W_enc.norm(dim=1).max()
     )
     short = (best[:, -1:] - reach - expected).where(live, zero.double()).amax()
-    border = 2 * max_error(plain, exact)
+    border = 2 * largest_difference(plain, exact)
     if float(short) > border:
         below = f"{float(short):.3e} below the k-th largest, rounding allows {border:.3e}"
         msg = f"selection: a chosen feature is {below}"

@@ -1,15 +1,21 @@
-"""What no implementation can go below: bytes and operations by formula, on measured ceilings."""
+"""What no implementation can go below: bytes and operations by formula, on measured ceilings.
+
+`floors` is for a processor, in float32; `Need` and the functions after it are for a GPU.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from microtome.testing import Case
+if TYPE_CHECKING:
+    from microtome.testing import Case  # which needs pytest; a GPU machine may have none
 
 
 def floors(case: Case) -> dict[str, dict[str, int]]:
@@ -122,3 +128,103 @@ def allowed(case: Case, limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     ms = sum(result[op]["ms"] for op in ("topk_encode", "sae_loss", "sae_update"))
     result["step"].update(ms=ms, ratio=ms / unit, bound="sum of its ops")
     return result
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one call on a GPU cannot do without.
+
+    Attributes:
+        hbm: bytes through the card's memory, each input once and each output once, save that a
+            gather reads a row as often as it is named unless the cache holds the whole table.
+        l2: bytes read again, out of the cache.
+        bf16: operations of a product on the matrix units.
+        fp32, fp64: operations at the rate of a product of that type.
+    """
+
+    hbm: float = 0.0
+    l2: float = 0.0
+    bf16: float = 0.0
+    fp32: float = 0.0
+    fp64: float = 0.0
+
+    def ms(self, limits: Mapping[str, float]) -> float:
+        """The least time: memory, then what is read again, or the operations if they take longer.
+
+        Args:
+            limits: copy_gbs, l2_gbs in 1e9 bytes/s; bf16_tflops, fp32_tflops, fp64_tflops in 1e12.
+        """
+        moving = self.hbm / limits["copy_gbs"] / 1e6 + self.l2 / limits["l2_gbs"] / 1e6
+        kinds = ("bf16", "fp32", "fp64")
+        return max(moving, sum(getattr(self, t) / limits[f"{t}_tflops"] / 1e9 for t in kinds))
+
+    def words(self) -> str:
+        """The counts, for a table: "2.47 TFLOP bf16, 0.35 GB"."""
+        parts = [
+            f"{value / 1e12:.3g} TFLOP {name}"
+            for name, value in (("bf16", self.bf16), ("fp32", self.fp32), ("fp64", self.fp64))
+            if value
+        ]
+        parts += [f"{self.hbm / 1e9:.3g} GB"] if self.hbm else []
+        parts += [f"{self.l2 / 1e9:.3g} GB again"] if self.l2 else []
+        return ", ".join(parts)
+
+
+def encode_need(n: int, d: int, f: int, k: int) -> Need:
+    """A top k (or threshold) of x W^T from 16-bit operands: one product, its operands, the code."""
+    return Need(hbm=2 * (f * d + n * d) + 8 * n * k, bf16=2 * n * d * f)
+
+
+def gather_bytes(n: int, d: int, k: int, width: int) -> int:
+    """Rows of `width`-byte numbers that n codes of k entries name, each as often as named."""
+    return n * k * d * width
+
+
+def decode_need(n: int, d: int, f: int, k: int, width: int, cache: float, *, loss: bool) -> Need:
+    """Decoding; with `loss` also the error, its gradient and that of the values.
+
+    Args:
+        n: rows.
+        d: model width.
+        f: features.
+        k: active.
+        width: bytes of a number.
+        cache: bytes of the card's second-level cache; a decoder that it holds is read once.
+        loss: every row is read a second time, for the gradient of its value, while it is cached.
+    """
+    gather, table = gather_bytes(n, d, k, width), f * d * width
+    rows = (2 if loss else 1) * n * d * width
+    codes = (2 * width + 4 if loss else width + 4) * n * k
+    held = table < cache
+    again = (gather if held else 0) + (gather if loss else 0)
+    return Need(hbm=(min(table, gather) if held else gather) + rows + codes, l2=again)
+
+
+STATES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a moment
+
+
+def state_bytes(f: int, d: int, state: str = "float32", *, shadows: int = 2) -> int:
+    """Both weights and both of Adam's moments of each, read and written, and 16-bit shadows.
+
+    26 bytes a parameter with float32 moments and a shadow of each matrix, 18 with bfloat16, 14 with
+    8-bit moments.
+    """
+    return 2 * f * d * (8 + 4 * STATES[state]) + shadows * 2 * f * d
+
+
+def touched(n: int, f: int, k: int) -> float:
+    """The share of f features that n rows of k entries name, if all are alike."""
+    return -math.expm1(-n * k / f)
+
+
+def update_need(
+    n: int, d: int, f: int, k: int, state: str = "float32", *, rowsparse: bool = False
+) -> Need:
+    """Gradients, optimizer, renorm and the encoder's shadow; rows of x are read from the cache."""
+    stream = state_bytes(f, d, state, shadows=1) * (touched(n, f, k) if rowsparse else 1.0)
+    return Need(hbm=stream + 2 * 4 * n * d + 16 * n * k)
+
+
+def step_ms(needs: list[Need], limits: Mapping[str, float]) -> float:
+    """The floor of a step: its ops follow on each other, so their floors add up."""
+    return sum(need.ms(limits) for need in needs)
