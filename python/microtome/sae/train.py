@@ -170,9 +170,9 @@ def _take(stepper: Stepper, x: Tensor, config: TrainConfig, step: int) -> Losses
         return stepper.take(x, lr_factor(config, step), step)
     except NonFiniteError as error:
         msg = f"train: step {step} (batch {step - 1} of seed {config.seed}): {error} The SAE "
-        if error.late:  # of this step or one before; it did not reach the weights
-            msg = f"train: found in step {step}: {error} The SAE "
         msg += f"keeps its weights of step {step - 1}."
+        if error.late:  # of this step or one before
+            msg = f"train: found in step {step}: {error} The last checkpoint stays."
         raise NonFiniteError(msg) from error
 
 
