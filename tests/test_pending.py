@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 import threading
@@ -321,3 +322,7 @@ def test_an_op_on_a_gpu_gathers_within_its_table(gpu: PaperGpu) -> None:
     assert safe.tolist() == [[2, 1]]
     with pytest.raises(errors.ArgumentError, match=r"^gather: indices must lie in \[0, f=3\)"):
         mt.synchronize()
+
+
+def test_the_examples_of_the_module_hold() -> None:
+    assert doctest.testmod(_pending).failed == 0

@@ -14,6 +14,7 @@ from microtome.ops.screen_weights import KINDS, Screen, _screen, best_kind, stri
 from microtome.testing import backends_of
 
 on_every_backend = pytest.mark.parametrize("backend", backends_of(_screen))
+MODULE = sys.modules[screen_weights.__module__]
 for_both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -206,7 +207,7 @@ def test_auto_is_the_kind_this_processor_multiplies_fastest() -> None:
 
 
 def test_auto_is_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[screen_weights.__module__], "best_kind", lambda: "q15")
+    monkeypatch.setattr(MODULE, "best_kind", lambda: "q15")
     with FakeTensorMode():  # needs no GPU
         screen = screen_weights(torch.empty(2, 3, device="cuda"))
     assert screen.kind == "bf16"
@@ -234,3 +235,27 @@ def test_wrong_inputs_are_named() -> None:
 def test_opcheck(backend: str, kind: str) -> None:
     with use_backend(backend):
         torch.library.opcheck(torch.ops.microtome.screen_weights.default, (torch.randn(5, 9), kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_gives_the_same_bits_block_by_block(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W_enc = torch.randn(23, 7, generator=torch.Generator().manual_seed(0))
+    with use_backend("reference"):
+        whole = screen_weights(W_enc, kind)
+        monkeypatch.setattr(MODULE, "_BLOCK", 7 * 5)
+        blocks = screen_weights(W_enc, kind)
+    assert torch.equal(whole.shadow, blocks.shadow)
+    assert torch.equal(whole.stats, blocks.stats)
+
+
+def test_a_gpu_has_a_screen_where_triton_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = MODULE.has_screen
+    gpu = torch.device("cuda", 0)
+    for reason in (None, "triton is not installed"):
+        monkeypatch.setattr(MODULE, "unavailable", lambda name, why=reason: why)
+        assert has(gpu, torch.float32) == (reason is None)
+        assert has(torch.device("cpu"), torch.float32)
+        assert not has(gpu, torch.bfloat16)
+        assert not has(torch.device("meta"), torch.float32)

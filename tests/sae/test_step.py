@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from microtome import SAE, TopK, TrainConfig
+from microtome import SAE, TopK, TrainConfig, _check
 from microtome.errors import NonFiniteError
+from microtome.ops import _sae_update_inputs
 from microtome.sae.loss import dead_set, total_variance
 from microtome.sae.step import FusedStep
 from microtome.sae.unfused import UnfusedStep
@@ -218,3 +220,37 @@ def test_firing_resets_the_count_of_rows_since():
     step.take(x, 1.0, 1)
     assert torch.equal(step.since_fired == 0, fired)
     assert set(step.since_fired[~fired].tolist()) <= {N}
+
+
+class Readings(TorchDispatchMode):
+    """Counts what makes Python wait for a GPU: numbers read back, sizes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if (
+            name in ("index", "index_put_") and len(args) > 1
+        ) else []  # fmt: skip
+        if masks or name in ("_local_scalar_dense", "nonzero", "unique2", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("n_dead", "expected"), [(0, []), (3, ["_local_scalar_dense"])])
+def test_a_fused_step_reads_a_gpu_once_and_once_more_for_auxk(monkeypatch, n_dead, expected):
+    sae, x = make(True, torch.float32), rows(torch.float32)
+    step = FusedStep(sae, TrainConfig(steps=2))
+    step.since_fired[:n_dead] = step.config.dead_after_tokens
+    # What is checked at once on a CPU only.
+    monkeypatch.setattr(_check, "readable", lambda tensor: False)
+    monkeypatch.setattr(_sae_update_inputs, "check_contents", lambda *_: None)
+    lists = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda t: (lists.append(t), tolist(t))[1])
+    with Readings() as readings:
+        step.take(x, 1.0, 1)
+    assert readings.seen == expected
+    assert len(lists) == 1

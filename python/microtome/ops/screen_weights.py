@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, unavailable, why_not_common
 
 KINDS = ("bf16", "q15")
 # ||q_x|| * ||q_w|| <= 46340^2 < 2^31: by Cauchy-Schwarz no partial sum of an integer dot product
 # overflows int32.
 Q_NORM = 46340.0
+_BLOCK = 1 << 24  # weights that the reference holds in float64 at once
 
 
 class Screen(NamedTuple):
@@ -37,6 +38,12 @@ def stride(d: int) -> int:
     """Elements between two shadow rows: d rounded up to an odd multiple of 32 (64 bytes)."""
     lines = max(1, -(-d // 32))
     return 32 * (lines if lines % 2 else lines + 1)
+
+
+def has_screen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `topk_encode` reads a screen there: on a CPU, and on a GPU that Triton reaches."""
+    reached = device.type == "cuda" and unavailable("triton") is None
+    return dtype == torch.float32 and (device.type == "cpu" or reached)
 
 
 def best_kind() -> str:
@@ -83,6 +90,18 @@ def screen_weights_reference(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The formulas above; norms in float64, then a little up, so they bound from above."""
     f, d = W_enc.shape
     _check.finite_rows("screen_weights", "W_enc", W_enc)
+    shadow = torch.zeros(f, stride(d), dtype=torch.int16, device=W_enc.device)
+    stats = torch.empty(f, 4, dtype=torch.float32, device=W_enc.device)
+    block = max(1, _BLOCK // max(d, 1))  # the float64 of all of W_enc would be many times its size
+    for first in range(0, f, block):
+        part = slice(first, first + block)
+        shadow[part, :d], stats[part] = _screen_rows(W_enc[part], kind)
+    return shadow, stats
+
+
+def _screen_rows(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes [rows, d] and statistics [rows, 4] of some rows."""
+    f, d = W_enc.shape
     wide = W_enc.double()
     norm = wide.norm(dim=1)
     if kind == "bf16":
@@ -96,14 +115,11 @@ def screen_weights_reference(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         scale = torch.where(norm > 0, step.clamp_min(2**-100), 1.0).float()
         codes = (wide / scale.double()[:, None]).round().to(torch.int16)
         rounded = codes.double() * scale.double()[:, None]
-    shadow = torch.zeros(f, stride(d), dtype=torch.int16, device=W_enc.device)
-    shadow[:, :d] = codes
     up = 1 + 2**-20
     error = (wide - rounded).norm(dim=1)
     # Denormals that a processor flushes to zero weigh less than 2^-126 sqrt(d) <= 2^-110.
     bounds = [(t * up + 2**-110).float() for t in (norm, error)]
-    stats = torch.stack([scale, *bounds, torch.zeros_like(scale)], dim=1)
-    return shadow, stats
+    return codes, torch.stack([scale, *bounds, torch.zeros_like(scale)], dim=1)
 
 
 def _fake(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:

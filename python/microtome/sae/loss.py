@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import NonFiniteError
+from microtome.ops import synchronize
 from microtome.sae.config import TrainConfig
 
 
@@ -20,7 +21,7 @@ class Losses:
         auxk: AuxK before its coefficient; 0 when no latent is dead.
         loss: fvu + coefficient * auxk.
         l0: mean number of values above zero in a row.
-        dead_fraction: latents that count as dead after the step, of all.
+        dead: [f] bool, the latents that count as dead after the step, where the SAE is.
         lr: the learning rate of the step.
     """
 
@@ -28,8 +29,13 @@ class Losses:
     auxk: float
     loss: float
     l0: float
-    dead_fraction: float
+    dead: Tensor
     lr: float
+
+    @property
+    def dead_fraction(self) -> float:
+        """Dead latents, of all. Reads them only now: on a GPU that waits for the step to end."""
+        return int(self.dead.sum()) / len(self.dead)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,20 @@ class DeadSet:
     weight: float
 
 
-def dead_set(since_fired: Tensor, d: int, config: TrainConfig) -> DeadSet | None:
-    """The dead latents, or None when AuxK has nothing to do."""
-    if config.auxk_coefficient == 0:
+def dead_set(
+    since_fired: Tensor, d: int, config: TrainConfig, n_dead: int | None = None
+) -> DeadSet | None:
+    """The dead latents, or None when AuxK has nothing to do.
+
+    `n_dead` is how many there are, where it is known: then a GPU is not waited for.
+    """
+    if config.auxk_coefficient == 0 or n_dead == 0:
         return None
-    latents = (since_fired >= config.dead_after_tokens).nonzero().flatten()
+    dead = since_fired >= config.dead_after_tokens
+    if n_dead is None:
+        latents = dead.nonzero().flatten()
+    else:
+        latents = torch.nonzero_static(dead, size=n_dead).flatten()
     n_dead = len(latents)
     if n_dead == 0:
         return None
@@ -67,10 +82,18 @@ def total_variance(x: Tensor) -> float:
     A batch of one row, or of equal rows, has no variance to speak of: its energy sum_i |x_i|^2
     stands in, and 1 where that is zero too.
     """
-    variance = float((x - x.mean(0)).square().sum())
-    energy = float(x.square().sum())
+    return variance_of(*map(float, variance_sums(x)), x.dtype)
+
+
+def variance_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i |x_i - mean|^2 and sum_i |x_i|^2, left where x is."""
+    return (x - x.mean(0)).square().sum(), x.square().sum()
+
+
+def variance_of(variance: float, energy: float, dtype: torch.dtype) -> float:
+    """`total_variance` from its two sums."""
     # Equal rows differ from their rounded mean by about eps |x| each.
-    if variance > 16 * torch.finfo(x.dtype).eps ** 2 * energy:
+    if variance > 16 * torch.finfo(dtype).eps ** 2 * energy:
         return variance
     return energy if energy > 0 else 1.0
 
@@ -79,6 +102,7 @@ def check_finite(loss: float, sse: Tensor) -> None:
     """Raise NonFiniteError, naming the rows, before an overflowed loss can reach the weights."""
     if loss - loss == 0:  # false for NaN and infinity
         return
+    synchronize(sse.device)  # a GPU's own finding says which input it was
     bad = (~torch.isfinite(sse)).nonzero().flatten()[:5].tolist()
     where = f" in row {', '.join(map(str, bad))}" if bad else ""
     msg = f"the loss is {loss}: the squared error overflows{where}. Scale the activations down or "

@@ -15,6 +15,7 @@ from microtome import _check
 from microtome._seed import generator
 from microtome.errors import ArgumentError, ShapeError
 from microtome.ops import Screen, screen_weights, sparse_decode, topk_encode
+from microtome.ops.screen_weights import has_screen
 from microtome.sae import saelens_layout
 from microtome.sae.code import SparseCode
 
@@ -174,7 +175,7 @@ class SAE(nn.Module):
         if torch.compiler.is_compiling():  # first: a graph cannot ask whether W is for inference
             return None
         W = self.W_enc
-        if W.device.type != "cpu" or W.dtype != torch.float32 or W.is_inference():
+        if not has_screen(W.device, W.dtype) or W.is_inference():
             return None
         if self._screen is None or self._screen_key != self._key_now():
             self.keep_screen(screen_weights(W.detach()))

@@ -10,7 +10,14 @@ from torch import Tensor
 from microtome.ops import Screen, sae_loss, sae_update, topk_encode
 from microtome.ops.sae_update import Code, moments_for
 from microtome.sae.config import TrainConfig
-from microtome.sae.loss import DeadSet, Losses, check_finite, dead_set, total_variance
+from microtome.sae.loss import (
+    DeadSet,
+    Losses,
+    check_finite,
+    dead_set,
+    variance_of,
+    variance_sums,
+)
 from microtome.sae.sae import SAE
 
 _MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
@@ -63,14 +70,19 @@ class FusedStep:
         values, indices, _ = topk_encode(centred, W_enc, b_enc, k=sae.activation.k, screen=screen)
         values = values.relu()
         sse, grad_out, grad_values = sae_loss(x, values, indices, W_dec, b_dec)
-        scale = 1.0 / total_variance(x)
-        loss = fvu = float(sse.sum()) * scale
+        dead_now = self.since_fired >= self.config.dead_after_tokens
+        counts = ((values > 0).sum(), dead_now.sum())
+        # All that the host must know of the step in one reading: on a GPU each is a wait.
+        numbers = torch.stack([t.double() for t in (*variance_sums(x), sse.sum(), *counts)])
+        variance, energy, error, active, n_dead = numbers.tolist()
+        scale = 1.0 / variance_of(variance, energy, x.dtype)
+        loss = fvu = error * scale
         check_finite(loss, sse)
         code = Code(indices, values, grad_values, grad_out, scale)
-        l0 = int((values > 0).sum()) / max(1, len(x))
+        l0 = int(active) / max(1, len(x))
 
         aux, auxk = None, 0.0
-        dead = dead_set(self.since_fired, sae.d_model, self.config)
+        dead = dead_set(self.since_fired, sae.d_model, self.config, int(n_dead))
         if dead is not None:
             aux, sse = self._aux(centred, grad_out, dead, scale, screen)
             auxk = float(sse.sum()) * scale
@@ -84,8 +96,8 @@ class FusedStep:
         )  # fmt: skip
         sae.keep_screen(screen)
         self.since_fired += len(x)
-        self.since_fired[fired > 0] = 0
-        return Losses(fvu, auxk, loss, l0, dead_fraction(self.since_fired, self.config), lr)
+        self.since_fired.masked_fill_(fired > 0, 0)  # by a mask as index, a GPU would be waited for
+        return Losses(fvu, auxk, loss, l0, self.since_fired >= self.config.dead_after_tokens, lr)
 
     def _aux(
         self, centred: Tensor, grad_out: Tensor, dead: DeadSet, scale: float, screen: Screen | None
@@ -111,8 +123,3 @@ class FusedStep:
             if moment is not None:
                 moment.copy_(tensors[name])
         self.since_fired.copy_(tensors["since_fired"])
-
-
-def dead_fraction(since_fired: Tensor, config: TrainConfig) -> float:
-    """Latents that have not fired for dead_after_tokens rows, of all."""
-    return int((since_fired >= config.dead_after_tokens).sum()) / len(since_fired)

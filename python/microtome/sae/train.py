@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from microtome import __version__
@@ -121,7 +122,7 @@ def _loop(
         try:
             while run.step < total:
                 step = run.step + 1
-                x = next(batches).to(sae.W_enc.device, sae.W_enc.dtype)
+                x = _moved(next(batches), sae)
                 whole = False
                 losses = _take(run.stepper, x, config, step)
                 run.step, whole = step, True
@@ -156,12 +157,22 @@ def _loop(
                 close()
 
 
-def _take(stepper: Stepper, x: Any, config: TrainConfig, step: int) -> Losses:
+def _moved(x: Tensor, sae: SAE) -> Tensor:
+    """A batch where the SAE is, in its dtype; to a GPU through pinned memory, without waiting."""
+    device, dtype = sae.W_enc.device, sae.W_enc.dtype
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True).to(dtype)
+    return x.to(device, dtype)
+
+
+def _take(stepper: Stepper, x: Tensor, config: TrainConfig, step: int) -> Losses:
     try:
         return stepper.take(x, lr_factor(config, step), step)
     except NonFiniteError as error:
         msg = f"train: step {step} (batch {step - 1} of seed {config.seed}): {error} The SAE "
         msg += f"keeps its weights of step {step - 1}."
+        if error.late:  # of this step or one before
+            msg = f"train: found in step {step}: {error} The last checkpoint stays."
         raise NonFiniteError(msg) from error
 
 

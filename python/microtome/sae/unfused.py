@@ -13,7 +13,6 @@ from microtome.ops import sae_loss, topk_encode
 from microtome.sae.config import TrainConfig
 from microtome.sae.loss import DeadSet, Losses, check_finite, dead_set, total_variance
 from microtome.sae.sae import SAE
-from microtome.sae.step import dead_fraction
 
 
 def losses(
@@ -93,10 +92,13 @@ class UnfusedStep:
         sae.normalize_decoder_()
         active = values.detach() > 0
         self.since_fired += len(x)
-        self.since_fired[indices[active].long()] = 0
+        fired = torch.zeros(sae.n_features + 1, dtype=torch.bool, device=x.device)  # last: none
+        fired[torch.where(active, indices, sae.n_features).long()] = True
+        self.since_fired.masked_fill_(fired[:-1], 0)
         l0 = int(active.sum()) / max(1, len(x))
         numbers = (float(t.detach()) for t in (fvu, auxk, loss))
-        return Losses(*numbers, l0, dead_fraction(self.since_fired, config), self.peaks[0] * factor)
+        dead_now = self.since_fired >= config.dead_after_tokens
+        return Losses(*numbers, l0, dead_now, self.peaks[0] * factor)
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
         """Tensors and JSON values from which `load` continues bit for bit."""
