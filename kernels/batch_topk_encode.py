@@ -328,13 +328,14 @@ def _verify(rows: csr.Rows, theta: Tensor, wanted: int) -> None:
     reached = torch.zeros(1, dtype=torch.int64, device=theta.device)
     grid, tile = rows.listed()
     _reach_kernel[grid](
-        lists.count, lists.value, theta, reached, rows.n, rows.capacity, **tile
+        lists.count, lists.value, theta, reached, rows.n, rows.capacity, **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
     csr.set_overflowed_apart(rows)
     BN = 128
     _give_up_kernel[(triton.cdiv(rows.n, BN),)](
         reached, lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.f, wanted,
-        BN=BN,
+        BN=BN, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -361,7 +362,7 @@ def _select(rows: csr.Rows, wanted: int, values: Tensor, indices: Tensor) -> Ten
     BN = 1 if values.is_cuda else 32
     _write_kernel[(triton.cdiv(rows.n, BN),)](
         lists.count, lists.index, lists.value, taken, offsets, values, indices, rows.n,
-        rows.capacity, BN=BN, BC=64,
+        rows.capacity, BN=BN, BC=64, enable_fp_fusion=True,
     )  # fmt: skip
     if whole:
         kept = torch.empty(wanted, dtype=torch.float32, device=values.device)

@@ -107,8 +107,8 @@ def _filter_kernel(
     score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
     if HAS_BIAS:
         score += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)[None, :]
-    norm = tl.load(x_stats + row * 4 + 1, mask=live, other=0.0)
-    lost = tl.load(x_stats + row * 4 + 2, mask=live, other=0.0)
+    norm = tl.load(x_stats + row.to(tl.int64) * 4 + 1, mask=live, other=0.0)
+    lost = tl.load(x_stats + row.to(tl.int64) * 4 + 2, mask=live, other=0.0)
     norm += lost
     of_w = (lost + 6.0 * unit * norm) * 1.0001
     of_lost = norm * (1.0 + 4.0 * unit) * 1.0001
@@ -240,8 +240,9 @@ def set_overflowed_apart(rows: Rows) -> None:
     lists = rows.lists
     BN = 128
     _overflow_kernel[(triton.cdiv(rows.n, BN),)](
-        lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.capacity, BN=BN
-    )
+        lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.capacity, BN=BN,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def compute_whole(rows: Rows) -> None:

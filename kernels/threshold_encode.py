@@ -284,7 +284,7 @@ def _write(
     BN = 1 if values.is_cuda else 32
     _write_kernel[(triton.cdiv(rows.n, BN),)](
         lists.count, lists.index, lists.value, *entries, rows.n, rows.capacity, *rooms, half,
-        WINDOW=window, BN=BN, BC=64,
+        WINDOW=window, BN=BN, BC=64, enable_fp_fusion=True,
     )  # fmt: skip
     if not rows.everything:
         grid, tile = rows.whole()
