@@ -96,9 +96,9 @@ def batch_topk_encode_reference(
     places = torch.empty(0, dtype=torch.int64, device=x.device)  # row * f + feature
     for first, z in shared.blocks(OP, x, W_enc, b_enc, b_dec):
         scores = z.flatten()
-        at = (scores > best.min()).nonzero().flatten() if best.numel() == n * k else None
-        best = torch.cat([best, scores if at is None else scores[at]])
-        at = torch.arange(scores.numel(), device=x.device) if at is None else at
+        enters = scores > best.min() if best.numel() == n * k else _largest(scores, n * k)
+        at = enters.nonzero().flatten()
+        best = torch.cat([best, scores[at]])
         places = torch.cat([places, at + first * f])
         if best.numel() > n * k:
             kept = _largest(best, n * k)
@@ -113,6 +113,8 @@ def batch_topk_encode_reference(
 
 def _largest(scores: Tensor, m: int) -> Tensor:
     """Which of `scores` are the m largest, of equal ones the first; a mask."""
+    if scores.numel() <= m:
+        return torch.ones_like(scores, dtype=torch.bool)
     least = torch.topk(scores, m).values[-1]
     kept = scores > least
     ties = (scores == least).nonzero().flatten()
