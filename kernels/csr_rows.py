@@ -36,7 +36,7 @@ class Rows:
         passed: [n] int32, features that passed the filter; f for a whole row.
         scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
             program over whole rows computes those of a later one.
-        bad: [1] int32, 1 where a value was not finite.
+        bad: [n] int32, 1 for a row with a computed value that is not finite.
         weights: x, b_dec, W_enc, b_enc, x in place of what is absent.
         has: constants of the kernels that compute values.
     """
@@ -49,7 +49,7 @@ class Rows:
         self.n, self.f, self.d, self.capacity, self.slots = n, f, x.shape[1], capacity, slots
         self.lists = select.Lists(n, capacity, x.device)
         self.passed = torch.full((n,), f, dtype=torch.int32, device=x.device)
-        self.bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+        self.bad = torch.zeros(n, dtype=torch.int32, device=x.device)
         whole = slots if capacity < f else 0  # a list of all features overflows never
         self.scratch = torch.empty(max(2 * whole, 1), f, dtype=torch.float32, device=x.device)
         self.weights = (

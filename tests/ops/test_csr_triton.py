@@ -123,6 +123,21 @@ def test_while_a_graph_is_captured_a_capacity_is_demanded_and_overflow_is_marked
     assert threshold_encode.run(8, 1, *args, 24)[6].tolist() == [8, 8, 8]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_while_a_graph_is_captured_rows_that_are_not_finite_are_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(csr, "capturing", lambda _: True)
+    monkeypatch.setattr(csr, "raise_if_not_finite", lambda *_: None)  # else asked first
+    x, W_enc, b_enc, b_dec = inputs_of(CASE)
+    x[2, 5], x[4, 0] = float("nan"), float("inf")
+    plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)
+    *_, counts = batch_topk_encode.run(plan, x, W_enc, b_enc, b_dec, CASE.k)
+    assert (counts < 0).nonzero().flatten().tolist() == [2, 4]
+    *_, counts = threshold_encode.run(256, 6, x, W_enc, b_enc, b_dec, None, 0.0, 4200)
+    assert (counts < 0).nonzero().flatten().tolist() == [2, 4]
+
+
 def test_the_radix_select_finds_every_rank_of_values_of_every_kind() -> None:
     g = generator(0, "radix")
     values = torch.randn(5, 64, generator=g) * 10.0 ** torch.randint(-30, 30, (5, 64), generator=g)
