@@ -10,7 +10,7 @@
    and whole rows. Of the entries equal to it, the first by row and feature are taken.
 5. Write: the lengths of the rows give their offsets; each row orders its own entries.
 
-Every size follows from n*k, so nothing is read back but one flag at the end, to raise for NaN.
+Every size follows from n*k, so nothing is read back until the end, to raise for NaN.
 Integer atomics only, on counts; no answer depends on their order.
 """
 
@@ -127,7 +127,7 @@ def _give_up_kernel(
 
 
 @triton.jit
-def _tally(values, start, length, kth, bad, BN: tl.constexpr, BC: tl.constexpr):
+def _tally(values, start, length, kth, BN: tl.constexpr, BC: tl.constexpr):
     """How many of the rows' values [BN] lie above the n*k-th, and how many are equal to it."""
     above = tl.zeros((BN,), tl.int32)
     ties = tl.zeros((BN,), tl.int32)
@@ -141,8 +141,7 @@ def _tally(values, start, length, kth, bad, BN: tl.constexpr, BC: tl.constexpr):
         ties += tl.sum((mask & (order == kth)).to(tl.int32), 1)
         finite = tl.abs(value) < float("inf")
         wrong = tl.maximum(wrong, tl.max((mask & ~finite).to(tl.int32), 1))
-    tl.store(bad + tl.zeros((BN,), tl.int32), wrong, mask=wrong > 0)
-    return above, ties
+    return above, ties, wrong
 
 
 @triton.jit
@@ -160,15 +159,17 @@ def _count_kernel(
             if turn >= slots:
                 refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
             length = tl.zeros((BN,), tl.int32) + f
-            more, equal = _tally(mine, row * 0, length, border, bad, BN, BC)
+            more, equal, wrong = _tally(mine, row * 0, length, border, BN, BC)
             tl.store(above + row, more)
             tl.store(ties + row, equal)
+            tl.store(bad + row, wrong)
     else:
         row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
         length = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
-        more, equal = _tally(value, row * capacity, length, border, bad, BN, BC)
+        more, equal, wrong = _tally(value, row * capacity, length, border, BN, BC)
         tl.store(above + row, more, mask=row < rows)
         tl.store(ties + row, equal, mask=row < rows)
+        tl.store(bad + row, wrong, mask=row < rows)
 
 
 @triton.jit
@@ -259,8 +260,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`batch_topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    Reads one number back to the host at the end, to raise for NaN and infinity. While a CUDA graph
-    is captured it cannot; NaN then count as the largest values.
+    Reads two numbers back to the host at the end, to raise for NaN and infinity. While a CUDA graph
+    is captured it cannot: NaN count as the largest values, and their rows' candidates are -1.
     """
     p = plan(x.shape[0], W_enc.shape[0], k)
     return run(p, x, W_enc, b_enc, b_dec, k, kind, shadow, stats)
@@ -295,12 +296,11 @@ def run(
             csr.compute_whole(rows)
         offsets = _select(rows, n * k, values, indices)
         probe = csr.probe(W_enc, None if screen is None else screen[3], b_enc, b_dec)
-    if x.is_cuda and not csr.capturing(x):
-        finite, bad = torch.stack([probe, rows.bad[0].float()]).tolist()
-        if bad or not math.isfinite(finite):
-            csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, overflowed=bool(bad))
-    elif not x.is_cuda and bool(rows.bad):
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, overflowed=True)
+    if csr.capturing(x):
+        return values, indices, offsets, torch.where(rows.bad > 0, -1, rows.passed)
+    finite, bad = torch.stack([probe, rows.bad.max().float()]).tolist()
+    if bad or not math.isfinite(finite):
+        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, overflowed=bool(bad))
     return values, indices, offsets, rows.passed
 
 
@@ -328,13 +328,14 @@ def _verify(rows: csr.Rows, theta: Tensor, wanted: int) -> None:
     reached = torch.zeros(1, dtype=torch.int64, device=theta.device)
     grid, tile = rows.listed()
     _reach_kernel[grid](
-        lists.count, lists.value, theta, reached, rows.n, rows.capacity, **tile
+        lists.count, lists.value, theta, reached, rows.n, rows.capacity, **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
     csr.set_overflowed_apart(rows)
     BN = 128
     _give_up_kernel[(triton.cdiv(rows.n, BN),)](
         reached, lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.f, wanted,
-        BN=BN,
+        BN=BN, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -361,7 +362,7 @@ def _select(rows: csr.Rows, wanted: int, values: Tensor, indices: Tensor) -> Ten
     BN = 1 if values.is_cuda else 32
     _write_kernel[(triton.cdiv(rows.n, BN),)](
         lists.count, lists.index, lists.value, taken, offsets, values, indices, rows.n,
-        rows.capacity, BN=BN, BC=64,
+        rows.capacity, BN=BN, BC=64, enable_fp_fusion=True,
     )  # fmt: skip
     if whole:
         kept = torch.empty(wanted, dtype=torch.float32, device=values.device)

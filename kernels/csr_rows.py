@@ -36,7 +36,7 @@ class Rows:
         passed: [n] int32, features that passed the filter; f for a whole row.
         scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
             program over whole rows computes those of a later one.
-        bad: [1] int32, 1 where a value was not finite.
+        bad: [n] int32, 1 for a row with a computed value that is not finite.
         weights: x, b_dec, W_enc, b_enc, x in place of what is absent.
         has: constants of the kernels that compute values.
     """
@@ -49,7 +49,7 @@ class Rows:
         self.n, self.f, self.d, self.capacity, self.slots = n, f, x.shape[1], capacity, slots
         self.lists = select.Lists(n, capacity, x.device)
         self.passed = torch.full((n,), f, dtype=torch.int32, device=x.device)
-        self.bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+        self.bad = torch.zeros(n, dtype=torch.int32, device=x.device)
         whole = slots if capacity < f else 0  # a list of all features overflows never
         self.scratch = torch.empty(max(2 * whole, 1), f, dtype=torch.float32, device=x.device)
         self.weights = (
@@ -107,8 +107,8 @@ def _filter_kernel(
     score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
     if HAS_BIAS:
         score += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)[None, :]
-    norm = tl.load(x_stats + row * 4 + 1, mask=live, other=0.0)
-    lost = tl.load(x_stats + row * 4 + 2, mask=live, other=0.0)
+    norm = tl.load(x_stats + row.to(tl.int64) * 4 + 1, mask=live, other=0.0)
+    lost = tl.load(x_stats + row.to(tl.int64) * 4 + 2, mask=live, other=0.0)
     norm += lost
     of_w = (lost + 6.0 * unit * norm) * 1.0001
     of_lost = norm * (1.0 + 4.0 * unit) * 1.0001
@@ -240,8 +240,9 @@ def set_overflowed_apart(rows: Rows) -> None:
     lists = rows.lists
     BN = 128
     _overflow_kernel[(triton.cdiv(rows.n, BN),)](
-        lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.capacity, BN=BN
-    )
+        lists.count, rows.passed, lists.failed, lists.failures, rows.n, rows.capacity, BN=BN,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def compute_whole(rows: Rows) -> None:

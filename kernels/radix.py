@@ -99,4 +99,6 @@ def digits(radix: Radix, rows: Rows, count: Tensor, value: Tensor, whole: bool) 
                 rows.slots, shift, WHOLE=apart, BF=block(rows), **tile, **rows.has,
                 enable_fp_fusion=True,
             )  # fmt: skip
-        _digit_kernel[(1,)](radix.found, radix.rest, radix.histogram, radix.value, shift)
+        _digit_kernel[(1,)](
+            radix.found, radix.rest, radix.histogram, radix.value, shift, enable_fp_fusion=True
+        )

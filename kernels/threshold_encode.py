@@ -40,7 +40,7 @@ def _near(value, threshold, half):
 
 @triton.jit
 def _tally(
-    values, index, start, length, theta, half, bad,
+    values, index, start, length, theta, half,
     LISTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """How many of the rows' values [BN] lie above their threshold, and how many in the window."""
@@ -58,8 +58,7 @@ def _tally(
             close += tl.sum((mask & _near(value, threshold, half)).to(tl.int32), 1)
         finite = tl.abs(value) < float("inf")
         wrong = tl.maximum(wrong, tl.max((mask & ~finite).to(tl.int32), 1))
-    tl.store(bad + tl.zeros((BN,), tl.int32), wrong, mask=wrong > 0)
-    return many, close
+    return many, close, wrong
 
 
 @triton.jit
@@ -76,16 +75,18 @@ def _count_kernel(
             if turn >= slots:
                 refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
             length = tl.zeros((BN,), tl.int32) + f
-            a, b = _tally(mine, index, row * 0, length, theta, half, bad, False, WINDOW, BN, BC)
+            a, b, wrong = _tally(mine, index, row * 0, length, theta, half, False, WINDOW, BN, BC)
             tl.store(many + row, a)
             tl.store(close + row, b)
+            tl.store(bad + row, wrong)
     else:
         row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
         length = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
         start = row * capacity
-        a, b = _tally(value, index, start, length, theta, half, bad, True, WINDOW, BN, BC)
+        a, b, wrong = _tally(value, index, start, length, theta, half, True, WINDOW, BN, BC)
         tl.store(many + row, a, mask=row < rows)
         tl.store(close + row, b, mask=row < rows)
+        tl.store(bad + row, wrong, mask=row < rows)
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def run(
         _count(rows, theta, half, window, many)
         offsets, near_offsets = offsets_of(many[0]), offsets_of(many[1])
         probe = csr.probe(W_enc, w_stats, b_enc, b_dec, threshold)
-        read = [offsets[-1].double(), near_offsets[-1].double(), rows.bad[0].double(), probe]
+        read = [offsets[-1].double(), near_offsets[-1].double(), rows.bad.max().double(), probe]
         sizes = [0, 0]
         if not captured:
             *counted, bad, finite = torch.stack([t.double() for t in read]).tolist()
@@ -245,6 +246,7 @@ def run(
         _write(rows, theta, half, window, out, rooms)
     candidates = rows.passed
     if captured:
+        candidates = torch.where(rows.bad > 0, -1, candidates)
         for i, room in enumerate(rooms[: 1 + window]):
             candidates = torch.where(out[3 * i + 2][1:] > room, -1, candidates)
             out[3 * i + 2] = out[3 * i + 2].clamp(max=room)
@@ -284,7 +286,7 @@ def _write(
     BN = 1 if values.is_cuda else 32
     _write_kernel[(triton.cdiv(rows.n, BN),)](
         lists.count, lists.index, lists.value, *entries, rows.n, rows.capacity, *rooms, half,
-        WINDOW=window, BN=BN, BC=64,
+        WINDOW=window, BN=BN, BC=64, enable_fp_fusion=True,
     )  # fmt: skip
     if not rows.everything:
         grid, tile = rows.whole()

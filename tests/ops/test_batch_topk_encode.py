@@ -11,7 +11,13 @@ from torch.nn.functional import linear
 
 from microtome import SparseCode
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
-from microtome.ops import batch_topk_encode, screen_weights, sparse_decode, use_backend
+from microtome.ops import (
+    batch_topk_encode,
+    screen_weights,
+    sparse_decode,
+    threshold_encode,
+    use_backend,
+)
 from microtome.ops.batch_topk_encode import _encode
 from microtome.testing import CASES, Case, assert_accurate, backends_of, factor_of
 
@@ -115,6 +121,23 @@ def test_the_reference_takes_larger_cases(name: str, monkeypatch: pytest.MonkeyP
     check(call(i, case.k), i, case.k, "reference")
     monkeypatch.setattr("microtome.ops._csr_encode.BLOCK", 9000)  # 30 or nine rows at a time
     check(call(i, case.k), i, case.k, "reference")
+
+
+def test_the_references_never_form_all_pre_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def recorded(*args: Tensor) -> Tensor:
+        z = linear(*args)
+        sizes.append(z.numel())
+        return z
+
+    monkeypatch.setattr("microtome.ops._csr_encode.linear", recorded)
+    monkeypatch.setattr("microtome.ops._csr_encode.BLOCK", 2000)
+    i = inputs_of(INTEGERS)
+    with use_backend("reference"):
+        call(i, 12)
+        threshold_encode(i["x"], i["W_enc"])
+    assert sizes == [2000, 1600] * 2
 
 
 def test_blocks_of_rows_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 
 import pytest
@@ -209,3 +211,10 @@ def test_messages_say_what_came_and_what_is_allowed() -> None:
         jump_relu(entries, entries, threshold[None], 1.0)
     with pytest.raises(DtypeError, match="got code_values float32, threshold float64"):
         jump_relu(entries, entries, threshold.double(), 1.0)
+
+
+@pytest.mark.parametrize("name", ["jump_relu", "threshold_encode", "batch_topk_encode"])
+def test_the_examples_in_the_docstrings_run(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"microtome.ops.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -56,6 +56,8 @@ def batch_topk_encode(
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: k or precision is out of its range.
         NonFiniteError: an input or a pre-activation is NaN or infinite; the message names the rows.
+            While a CUDA graph is captured nothing can be raised, and the candidates of such rows
+            are -1.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, W_enc, b_enc, b_dec (through the selected entries). Deterministic. Cost:
@@ -96,9 +98,9 @@ def batch_topk_encode_reference(
     places = torch.empty(0, dtype=torch.int64, device=x.device)  # row * f + feature
     for first, z in shared.blocks(OP, x, W_enc, b_enc, b_dec):
         scores = z.flatten()
-        at = (scores > best.min()).nonzero().flatten() if best.numel() == n * k else None
-        best = torch.cat([best, scores if at is None else scores[at]])
-        at = torch.arange(scores.numel(), device=x.device) if at is None else at
+        enters = scores > best.min() if best.numel() == n * k else _largest(scores, n * k)
+        at = enters.nonzero().flatten()
+        best = torch.cat([best, scores[at]])
         places = torch.cat([places, at + first * f])
         if best.numel() > n * k:
             kept = _largest(best, n * k)
@@ -113,6 +115,8 @@ def batch_topk_encode_reference(
 
 def _largest(scores: Tensor, m: int) -> Tensor:
     """Which of `scores` are the m largest, of equal ones the first; a mask."""
+    if scores.numel() <= m:
+        return torch.ones_like(scores, dtype=torch.bool)
     least = torch.topk(scores, m).values[-1]
     kept = scores > least
     ties = (scores == least).nonzero().flatten()

@@ -80,7 +80,8 @@ def threshold_encode(
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: bandwidth, precision or capacity is out of its range, or there are more
             entries than the capacity. While a CUDA graph is captured nothing can be raised: the
-            entries that do not fit are left out, and the candidates of their rows are -1.
+            entries that do not fit are left out, and the candidates of their rows, like those of
+            rows with NaN or infinity, are -1.
         NonFiniteError: an input or a pre-activation is NaN or infinite; the message names the rows.
         BackendError: a demanded backend cannot run these inputs.
 
