@@ -1,7 +1,8 @@
 """Compile Triton kernels for GPUs that need not be here; print what came of it as JSON.
 
 Run in a process without TRITON_INTERPRET: `python tests/triton_aot.py 80` or 90. The tiles are
-those that the host functions choose at d = 768, f = 24576, k = 32, and for patching at 16384 tokens, d = 768, heads of 64 and 128.
+those that the host functions choose at d = 768, f = 24576, k = 32, and for
+patching at 16384 tokens, d = 768, heads of 64 and 128.
 """
 
 from __future__ import annotations
