@@ -15,13 +15,19 @@ import triton
 import triton.language as tl
 from microtome.kernels.bf16 import norm_above, round_to_bf16
 from microtome.kernels.sae_update_entries import sort_entries
-from microtome.kernels.sae_update_states import BLOCK, moved, moved_by
-from microtome.kernels.segments import CHUNK, add_entries, add_partials, partial_sums
+from microtome.kernels.sae_update_states import BLOCK, columns, moments, moved, moved_by
+from microtome.kernels.segments import (
+    CHUNK,
+    add_entries,
+    add_partials,
+    add_wide_entries,
+    partial_sums,
+)
 from torch import Tensor
 
 from microtome import _check
 from microtome._look import look_after_writing
-from microtome.ops._sae_update_states import key_of
+from microtome._seed import step_key
 
 # At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
 # machine.
@@ -33,48 +39,72 @@ SCALARS = ["key"]  # changes every step: not to be compiled for
 def _gradient(
     partial, weight, source, table, aux, begin, end, n, d,
     TABLES: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
-    START: tl.constexpr, BD: tl.constexpr,
+    BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each latent's entries, [BL, BD] from column START on."""
-    column = START + tl.arange(0, BD)
-    acc = tl.zeros((begin.shape[0], BD), tl.float32)
+    """The sum of each latent's entries, [BL, BD] and [BL, BT]."""
+    column = tl.arange(0, BD)
+    acc = tl.zeros((BL, BD), tl.float32)
     acc, rest = add_partials(acc, partial, begin, end, column, d, CHUNK)
-    return add_entries(acc, weight, source, table, aux, rest, end, column, n, d, TABLES, FLIGHT)
+    tail, beyond = acc, column
+    if BT > 0:
+        beyond = BD + tl.arange(0, BT)
+        tail = tl.zeros((BL, BT), tl.float32)
+        tail, rest = add_partials(tail, partial, begin, end, beyond, d, CHUNK)
+    TOGETHER: tl.constexpr = BD <= 4096
+    acc, tail = add_wide_entries(acc, tail, weight, source, table, aux, rest, end, column, beyond,
+                                 n, d, TABLES, FLIGHT, BT > 0 and TOGETHER)  # fmt: skip
+    if BT > 0 and not TOGETHER:
+        tail = add_entries(tail, weight, source, table, aux, rest, end, beyond, n, d, TABLES,
+                           FLIGHT)  # fmt: skip
+    return acc, tail
 
 
 @triton.jit
-def _columns(at, row, live, d, START: tl.constexpr, BD: tl.constexpr):
-    """Pointers and mask of rows [BL] from column START on."""
-    column = START + tl.arange(0, BD)
-    return at + row[:, None] * d + column[None, :], live[:, None] & (column < d)[None, :]
+def _columns(at, row, live, d, width, START: tl.constexpr, BD: tl.constexpr):
+    """Pointers to rows [BL] of `width` numbers, and the mask of the first d, from column START."""
+    column = columns(START, BD)
+    return at + row[:, None] * width + column[None, :], live[:, None] & (column < d)[None, :]
 
 
 @triton.jit
-def _encoder_part(
-    grad_weight, source, partial, x, W_enc, m_at, v_at, shadow, begin, end, db, row, live,
-    n, d, shadow_stride, row_bytes, key, rule,
-    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, SHADOW: tl.constexpr,
-    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, START: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Update these columns. Returns db * the old rows, [BL, BD], and for the shadow the
-    squares of the new rows and of what their rounding lost, summed over columns."""
-    g = _gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT, CHUNK, START, BD)
-    at, mask = _columns(W_enc, row, live, d, START, BD)
-    p = tl.load(at, mask=mask, other=0.0)
-    centre = db[:, None] * p
-    p = moved(p, g, m_at, v_at, row, live, mask, d, row_bytes, key, rule, OPTIMIZER, MOMENTUM,
-              STATE, START, BD)  # fmt: skip
-    tl.store(at, p, mask=mask)
-    squares, lost = db, db
-    if SHADOW:
-        p = tl.where(mask, p, 0.0)
-        bits, rounded = round_to_bf16(p)
-        at, mask = _columns(shadow, row, live, shadow_stride, START, BD)
-        mask = mask & (START + tl.arange(0, BD) < d)[None, :]
-        tl.store(at, bits, mask=mask)
-        squares = tl.sum(p * p, 1)
-        lost = tl.sum((p - rounded) * (p - rounded), 1)
-    return centre, squares, lost
+def _start(centre, program, d, HELD: tl.constexpr, START: tl.constexpr, BD: tl.constexpr):
+    """Zero a program's row of centre where it is the sum."""
+    if not HELD:
+        column = columns(START, BD)[None, :]
+        tl.store(centre + program * d + column, tl.zeros((1, BD), tl.float32), mask=column < d)
+
+
+@triton.jit
+def _plus(
+    total, more, centre, program, d, HELD: tl.constexpr, START: tl.constexpr, BD: tl.constexpr
+):
+    """total + more; where it is not HELD in registers, as wide rows are not, in centre's row."""
+    if HELD:
+        return total + more
+    column = columns(START, BD)[None, :]
+    at = centre + program * d + column
+    tl.store(at, tl.load(at, mask=column < d, other=0.0) + more, mask=column < d)
+    return total
+
+
+@triton.jit
+def _dot(a, b, tail_a, tail_b, BT: tl.constexpr):
+    """Products of rows [BL] over both tiles; with two tiles there is one row."""
+    if BT > 0:
+        # By way of a scalar, which suits the layout of either tile: [1] would not, and a tile
+        # would go through shared memory.
+        return tl.zeros((1,), tl.float32) + (tl.sum(a * b) + tl.sum(tail_a * tail_b))
+    return tl.sum(a * b, 1)
+
+
+@triton.jit
+def _shadowed(shadow, p, row, live, mask, d, shadow_stride, START: tl.constexpr, BD: tl.constexpr):
+    """Store rows [BL, BD] as bf16; the rows, zero where masked, and what rounding lost of them."""
+    p = tl.where(mask, p, 0.0)
+    bits, rounded = round_to_bf16(p)
+    at, mask = _columns(shadow, row, live, d, shadow_stride, START, BD)
+    tl.store(at, bits, mask=mask)
+    return p, p - rounded
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -84,15 +114,20 @@ def _encoder_kernel(
     n, f, d, turns, shadow_stride, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    CENTER: tl.constexpr, SHADOW: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
-    BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    CENTER: tl.constexpr, SHADOW: tl.constexpr, EARLY: tl.constexpr, FLIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
     of_bias = (lr, beta1, rest1, beta2, rest2, eps, 0.0, 1.0, correction)
-    sum_centre = tl.zeros((BL, BD), tl.float32)
+    HELD: tl.constexpr = BL > 1 or BD <= 4096
+    sum_centre = tl.zeros((BL, BD if HELD else 1), tl.float32)
     if BT > 0:
-        sum_tail = tl.zeros((BL, BT), tl.float32)
+        sum_tail = tl.zeros((BL, BT if HELD else 1), tl.float32)
+    if CENTER:
+        _start(centre, program, d, HELD, 0, BD)
+        if BT > 0:
+            _start(centre, program, d, HELD, BD, BT)
     for turn in range(0, turns):
         row = (program * turns + turn) * BL + tl.arange(0, BL)
         live = row < f
@@ -118,30 +153,57 @@ def _encoder_kernel(
             change = live
             some = True
         if some:
-            part, squares, lost = _encoder_part(
-                grad_weight, source, partial, x, W_enc, m_W, v_W, shadow, begin, end, db, row,
-                change, n, d, shadow_stride, row_bytes, key, rule, OPTIMIZER, MOMENTUM, STATE,
-                SHADOW, FLIGHT, CHUNK, 0, BD)  # fmt: skip
-            sum_centre += part
+            at, mask = _columns(W_enc, row, change, d, d, 0, BD)
             if BT > 0:
-                part, squares_, lost_ = _encoder_part(
-                    grad_weight, source, partial, x, W_enc, m_W, v_W, shadow, begin, end, db, row,
-                    change, n, d, shadow_stride, row_bytes, key, rule, OPTIMIZER, MOMENTUM, STATE,
-                    SHADOW, FLIGHT, CHUNK, BD, BT)  # fmt: skip
-                sum_tail += part
-                squares += squares_
-                lost += lost_
+                at_, mask_ = _columns(W_enc, row, change, d, d, BD, BT)
+            if EARLY:
+                p = tl.load(at, mask=mask, other=0.0)
+                m, v = moments(m_W, v_W, p, row, change, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
+                               STATE, 0, BD)  # fmt: skip
+                if BT > 0:
+                    p_ = tl.load(at_, mask=mask_, other=0.0)
+                    m_, v_ = moments(m_W, v_W, p_, row, change, mask_, d, row_bytes, OPTIMIZER,
+                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+            g, g_ = _gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT,
+                              CHUNK, BL, BD, BT)  # fmt: skip
+            if not EARLY:
+                p = tl.load(at, mask=mask, other=0.0)
+                m, v = moments(m_W, v_W, p, row, change, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
+                               STATE, 0, BD)  # fmt: skip
+            if CENTER:
+                sum_centre = _plus(sum_centre, db[:, None] * p, centre, program, d, HELD, 0, BD)
+            p = moved(p, m, v, g, m_W, v_W, row, change, mask, d, row_bytes, key, rule, OPTIMIZER,
+                      MOMENTUM, STATE, 0, BD)  # fmt: skip
+            tl.store(at, p, mask=mask)
             if SHADOW:
+                p, lost = _shadowed(shadow, p, row, change, mask, d, shadow_stride, 0, BD)
+            if BT > 0:
+                if not EARLY:
+                    p_ = tl.load(at_, mask=mask_, other=0.0)
+                    m_, v_ = moments(m_W, v_W, p_, row, change, mask_, d, row_bytes, OPTIMIZER,
+                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+                if CENTER:
+                    sum_tail = _plus(sum_tail, db[:, None] * p_, centre, program, d, HELD, BD, BT)
+                p_ = moved(p_, m_, v_, g_, m_W, v_W, row, change, mask_, d, row_bytes, key, rule,
+                           OPTIMIZER, MOMENTUM, STATE, BD, BT)  # fmt: skip
+                tl.store(at_, p_, mask=mask_)
+            if SHADOW:
+                tail, lost_ = p, lost
+                if BT > 0:
+                    tail, lost_ = _shadowed(
+                        shadow, p_, row, change, mask_, d, shadow_stride, BD, BT)  # fmt: skip
+                squares = _dot(p, p, tail, tail, BT)
                 tl.store(stats + row * 4 + 1, norm_above(squares, d), mask=change)
-                tl.store(stats + row * 4 + 2, norm_above(lost, d), mask=change)
+                squares = _dot(lost, lost, lost_, lost_, BT)
+                tl.store(stats + row * 4 + 2, norm_above(squares, d), mask=change)
             b = tl.load(b_enc + row, mask=change, other=0.0)
-            m = tl.load(m_b + row, mask=change & MOMENTUM, other=0.0)
-            v = tl.load(v_b + row, mask=change & (OPTIMIZER == "adam"), other=0.0)
-            b, m, v = moved_by(b, db, m, v, of_bias, OPTIMIZER, MOMENTUM)
+            mb = tl.load(m_b + row, mask=change & MOMENTUM, other=0.0)
+            vb = tl.load(v_b + row, mask=change & (OPTIMIZER == "adam"), other=0.0)
+            b, mb, vb = moved_by(b, db, mb, vb, of_bias, OPTIMIZER, MOMENTUM)
             tl.store(b_enc + row, b, mask=change)
-            tl.store(m_b + row, m, mask=change & MOMENTUM)
-            tl.store(v_b + row, v, mask=change & (OPTIMIZER == "adam"))
-    if CENTER:
+            tl.store(m_b + row, mb, mask=change & MOMENTUM)
+            tl.store(v_b + row, vb, mask=change & (OPTIMIZER == "adam"))
+    if CENTER and HELD:
         column = tl.arange(0, BD)
         tl.store(centre + program * d + column, tl.sum(sum_centre, 0), mask=column < d)
         if BT > 0:
@@ -155,8 +217,8 @@ def _decoder_kernel(
     n, f, d, turns, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, FLIGHT: tl.constexpr,
-    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, EARLY: tl.constexpr,
+    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
@@ -171,38 +233,47 @@ def _decoder_kernel(
         else:
             some = True
         if some:
-            g = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d, TABLES,
-                          FLIGHT, CHUNK, 0, BD)  # fmt: skip
-            at, mask = _columns(W_dec, row, live, d, 0, BD)
-            p = tl.load(at, mask=mask, other=0.0)
+            at, mask = _columns(W_dec, row, live, d, d, 0, BD)
             if BT > 0:
-                g_ = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
-                               TABLES, FLIGHT, CHUNK, BD, BT)  # fmt: skip
-                at_, mask_ = _columns(W_dec, row, live, d, BD, BT)
-                p_ = tl.load(at_, mask=mask_, other=0.0)
-            if PROJECT:
-                along, squares = tl.sum(g * p, 1), tl.sum(p * p, 1)
+                at_, mask_ = _columns(W_dec, row, live, d, d, BD, BT)
+            if EARLY:
+                p = tl.load(at, mask=mask, other=0.0)
+                m, v = moments(m_W, v_W, p, row, live, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
+                               STATE, 0, BD)  # fmt: skip
                 if BT > 0:
-                    along += tl.sum(g_ * p_, 1)
-                    squares += tl.sum(p_ * p_, 1)
-                along = along / tl.maximum(squares, 1e-30)
+                    p_ = tl.load(at_, mask=mask_, other=0.0)
+                    m_, v_ = moments(m_W, v_W, p_, row, live, mask_, d, row_bytes, OPTIMIZER,
+                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+            g, g_ = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
+                              TABLES, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
+            if not EARLY:
+                p = tl.load(at, mask=mask, other=0.0)
+                if BT > 0:
+                    p_ = tl.load(at_, mask=mask_, other=0.0)
+            if BT == 0:
+                p_ = p
+            if PROJECT:
+                along = _dot(g, p, g_, p_, BT) / tl.maximum(_dot(p, p, p_, p_, BT), 1e-30)
                 g -= along[:, None] * p
                 if BT > 0:
                     g_ -= along[:, None] * p_
-            p = moved(p, g, m_W, v_W, row, live, mask, d, row_bytes, key, rule, OPTIMIZER, MOMENTUM,
-                       STATE, 0, BD)  # fmt: skip
+            if not EARLY:
+                m, v = moments(m_W, v_W, p, row, live, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
+                               STATE, 0, BD)  # fmt: skip
+            p = moved(p, m, v, g, m_W, v_W, row, live, mask, d, row_bytes, key, rule, OPTIMIZER,
+                      MOMENTUM, STATE, 0, BD)  # fmt: skip
             if BT > 0:
-                p_ = moved(p_, g_, m_W, v_W, row, live, mask_, d, row_bytes, key, rule, OPTIMIZER,
-                            MOMENTUM, STATE, BD, BT)  # fmt: skip
+                if not EARLY:
+                    m_, v_ = moments(m_W, v_W, p_, row, live, mask_, d, row_bytes, OPTIMIZER,
+                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+                p_ = moved(p_, m_, v_, g_, m_W, v_W, row, live, mask_, d, row_bytes, key, rule,
+                           OPTIMIZER, MOMENTUM, STATE, BD, BT)  # fmt: skip
             if RENORM:
                 p = tl.where(mask, p, 0.0)
-                squares = tl.sum(p * p, 1)
                 if BT > 0:
                     p_ = tl.where(mask_, p_, 0.0)
-                    squares += tl.sum(p_ * p_, 1)
-                inverse = tl.div_rn(
-                    tl.full((BL,), 1.0, tl.float32), tl.maximum(tl.sqrt_rn(squares), 1e-30)
-                )
+                length = tl.maximum(tl.sqrt_rn(_dot(p, p, p_, p_, BT)), 1e-30)
+                inverse = tl.div_rn(tl.full((BL,), 1.0, tl.float32), length)
                 p = p * inverse[:, None]
                 if BT > 0:
                     p_ = p_ * inverse[:, None]
@@ -248,6 +319,7 @@ class Geometry(NamedTuple):
         BT: columns of its second tile, or 0.
         warps: of a program.
         FLIGHT: rows asked for at once.
+        EARLY: whether a row's moments are asked for before its gradient is summed.
     """
 
     programs: int
@@ -257,27 +329,28 @@ class Geometry(NamedTuple):
     BT: int
     warps: int
     FLIGHT: int
+    EARLY: bool
 
 
 def geometry(f: int, d: int, interpreted: bool) -> Geometry:
     """The tiles for f rows of d numbers.
 
     A tile is a power of two wide, so a row of 2304 takes two, of 2048 and 256, rather than one of
-    4096.
+    4096; one of more than 8192 would not fit in registers.
     """
     BD, BT = triton.next_power_of_2(max(d, 16)), 0
     below = BD // 2
     rest = max(triton.next_power_of_2(max(d - below, 1)), BLOCK.value)
-    if below >= 4 * BLOCK.value // 2 and rest < below:
+    split = (below >= 2 * BLOCK.value and rest < below) or BD > 8192
+    if split and not (interpreted and f > 8):  # there a program a latent would take minutes
         BD, BT = below, rest
     room = max((1 << 17 if interpreted else 1024) // (BD + BT), 1)
-    BL = min(triton.next_power_of_2(max(f, 1)), room)
+    BL = 1 if BT else min(triton.next_power_of_2(max(f, 1)), room)
     blocks = triton.cdiv(f, BL)
     turns = triton.cdiv(blocks, PROGRAMS)
-    warps = min(max(BL * BD // 256, 1), 16)
-    each = BL * BD // (32 * warps)  # numbers a thread holds of a tile
-    FLIGHT = 4 if each <= 16 else 2 if each <= 32 else 1
-    return Geometry(triton.cdiv(blocks, turns), turns, BL, BD, BT, warps, FLIGHT)
+    warps = min(max(BL * BD // 256, 4), 16)
+    FLIGHT = 4 if BD <= 2048 else 2 if BD <= 4096 else 1
+    return Geometry(triton.cdiv(blocks, turns), turns, BL, BD, BT, warps, FLIGHT, BD <= 2048)
 
 
 def launch(
@@ -317,7 +390,14 @@ def launch(
         for pair in ((m_W_enc, v_W_enc), (m_b_enc, v_b_enc), (m_W_dec, v_W_dec), (m_b_dec, v_b_dec))
     )
     refresh = shadow is not None and stats is not None and kind == "bf16"
-    tiles = {"FLIGHT": g.FLIGHT, "CHUNK": CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+    tiles = {
+        "EARLY": g.EARLY,
+        "FLIGHT": g.FLIGHT,
+        "CHUNK": CHUNK,
+        "BL": g.BL,
+        "BD": g.BD,
+        "BT": g.BT,
+    }
     options = {"num_warps": g.warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
         e = sort_entries(
@@ -335,12 +415,12 @@ def launch(
             W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else x, stats if refresh else x,
             centre, fired, touched,
             n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
-            _signed(key_of(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
+            _signed(step_key(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
             ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, BE=32, **tiles, **options,
         )  # fmt: skip
         _decoder_kernel[(g.programs,)](
             e.weight, e.source, e.segments.offsets, dec_partial, grad_out, other, W_dec, m_D, v_D,
-            touched, n, f, d, g.turns, row_bytes, _signed(key_of(step, 2)),
+            touched, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
             *rule, decay, shrink, correction, **kinds, **state, ROWSPARSE=rowsparse,
             PROJECT=project, RENORM=renorm, TABLES=1 if other is grad_out else 2, **tiles,
             **options,

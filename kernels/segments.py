@@ -59,21 +59,73 @@ def tile(
 
 
 @triton.jit
-def _row(weight, source, table, aux, entry, end, column, n, d, TABLES: tl.constexpr):
-    """The weights [BL] and rows [BL, BD] of one entry of each segment; zero beyond its end."""
+def _entry(weight, source, entry, end):
+    """The weights and rows [BL] of one entry of each segment, and where there is one to add."""
     live = entry < end
     row = tl.load(source + entry, mask=live, other=0).to(tl.int64)
     w = tl.load(weight + entry, mask=live, other=0.0)
-    live = live & (w != 0.0)
+    return w, row, live & (w != 0.0)
+
+
+@triton.jit
+def _row(table, aux, row, live, column, n, d, TABLES: tl.constexpr):
+    """Rows [BL, BD] as float32."""
     second = row >= n
-    at = row - tl.where(second, n, 0)
-    place = at[:, None] * d + column[None, :]
+    place = (row - tl.where(second, n, 0))[:, None] * d + column[None, :]
     inside = live[:, None] & (column < d)[None, :]
     if TABLES == 1:
-        return w, tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
     rows = tl.load(table + place, mask=inside & (row < n)[:, None], other=0.0).to(tl.float32)
-    rows += tl.load(aux + place, mask=inside & second[:, None], other=0.0).to(tl.float32)
-    return w, rows
+    return rows + tl.load(aux + place, mask=inside & second[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_wide_entries(
+    acc, tail, weight, source, table, aux, begin, end, column, beyond, n, d,
+    TABLES: tl.constexpr, FLIGHT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Add weight[e] * row of source[e] for e in [begin, end), in order, to a row's two tiles.
+
+    A source of n or more is the row source - n of `aux`, or where TABLES is 1 of `table` too.
+    FLIGHT rows (1, 2 or 4) are asked for before the first is added: one at a time, a program would
+    wait for memory most of the time. acc is [BL, BD] of the columns `column`; tail [BL, BT] of
+    those `beyond`, if TAIL; begin and end are [BL].
+    """
+    for i in range(0, tl.max(end - begin, 0), FLIGHT):
+        e = begin + i
+        w0, row0, live0 = _entry(weight, source, e, end)
+        if FLIGHT > 1:
+            w1, row1, live1 = _entry(weight, source, e + 1, end)
+        if FLIGHT > 2:
+            w2, row2, live2 = _entry(weight, source, e + 2, end)
+            w3, row3, live3 = _entry(weight, source, e + 3, end)
+        rows0 = _row(table, aux, row0, live0, column, n, d, TABLES)
+        if FLIGHT > 1:
+            rows1 = _row(table, aux, row1, live1, column, n, d, TABLES)
+        if FLIGHT > 2:
+            rows2 = _row(table, aux, row2, live2, column, n, d, TABLES)
+            rows3 = _row(table, aux, row3, live3, column, n, d, TABLES)
+        if TAIL:
+            tail0 = _row(table, aux, row0, live0, beyond, n, d, TABLES)
+            if FLIGHT > 1:
+                tail1 = _row(table, aux, row1, live1, beyond, n, d, TABLES)
+            if FLIGHT > 2:
+                tail2 = _row(table, aux, row2, live2, beyond, n, d, TABLES)
+                tail3 = _row(table, aux, row3, live3, beyond, n, d, TABLES)
+        acc += w0[:, None] * rows0
+        if FLIGHT > 1:
+            acc += w1[:, None] * rows1
+        if FLIGHT > 2:
+            acc += w2[:, None] * rows2
+            acc += w3[:, None] * rows3
+        if TAIL:
+            tail += w0[:, None] * tail0
+            if FLIGHT > 1:
+                tail += w1[:, None] * tail1
+            if FLIGHT > 2:
+                tail += w2[:, None] * tail2
+                tail += w3[:, None] * tail3
+    return acc, tail
 
 
 @triton.jit
@@ -81,27 +133,11 @@ def add_entries(
     acc, weight, source, table, aux, begin, end, column, n, d,
     TABLES: tl.constexpr = 1, FLIGHT: tl.constexpr = 4,
 ):  # fmt: skip
-    """Add weight[e] * row of source[e] for e in [begin, end), in that order.
-
-    A source of n or more is the row source - n of `aux`, or where TABLES is 1 of `table` too.
-    FLIGHT rows (1, 2 or 4) are asked for before the first is added: one at a time, a program would
-    wait for memory most of the time. acc is [BL, BD]; begin and end are [BL].
-    """
-    for i in range(0, tl.max(end - begin, 0), FLIGHT):
-        e = begin + i
-        w0, rows0 = _row(weight, source, table, aux, e, end, column, n, d, TABLES)
-        if FLIGHT > 1:
-            w1, rows1 = _row(weight, source, table, aux, e + 1, end, column, n, d, TABLES)
-        if FLIGHT > 2:
-            w2, rows2 = _row(weight, source, table, aux, e + 2, end, column, n, d, TABLES)
-            w3, rows3 = _row(weight, source, table, aux, e + 3, end, column, n, d, TABLES)
-        acc += w0[:, None] * rows0
-        if FLIGHT > 1:
-            acc += w1[:, None] * rows1
-        if FLIGHT > 2:
-            acc += w2[:, None] * rows2
-            acc += w3[:, None] * rows3
-    return acc
+    """`add_wide_entries` for a row of one tile."""
+    return add_wide_entries(
+        acc, acc, weight, source, table, aux, begin, end, column, column, n, d, TABLES, FLIGHT,
+        False,
+    )[0]  # fmt: skip
 
 
 @triton.jit

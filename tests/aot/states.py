@@ -34,7 +34,8 @@ def cases() -> dict[str, Case]:
         (16384, ("float32",), False),
     ):
         g = sae_update.geometry(f, d, False)
-        tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+        tiles = {"EARLY": g.EARLY, "FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL,
+                 "BD": g.BD, "BT": g.BT}  # fmt: skip
         options = {**FUSED, "num_warps": g.warps}
         for state in states:
             both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse}

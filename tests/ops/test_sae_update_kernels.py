@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from microtome._seed import generator
+from microtome._seed import generator, step_key
 from microtome.ops import Code, UpdateRule, moments_for, sae_update, use_backend
 from microtome.ops import _sae_update_states as states
 from microtome.testing import triton as where
@@ -45,7 +45,7 @@ if where.RUNS:
 def test_moments_are_stored_and_read_to_the_bit_as_the_reference_does(
     d: int, tiles: tuple[int, int], state: str, second: bool
 ) -> None:
-    g, key = generator(0, "bits"), states.key_of(9, 2)
+    g, key = generator(0, "bits"), step_key(9, 2)
     values = torch.randn(6, d, generator=g) * torch.exp(6 * torch.randn(6, d, generator=g))
     values[0], values[1], values[2] = 0.0, values[1] * 1e-35, values[2] * 1e30
     values = values.abs().clamp_max(1e38) if second else values

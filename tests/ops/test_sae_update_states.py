@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from microtome._seed import generator
+from microtome._seed import generator, mix32, step_key
 from microtome.ops import Code, UpdateRule, moments_for, sae_update, use_backend
 from microtome.ops import _sae_update_states as states
 from microtome.ops.sae_update import OPTIMIZERS
@@ -40,19 +40,19 @@ def spread_out(rows: int, d: int, second: bool) -> Tensor:
 
 
 def test_the_hash_is_the_published_one_of_step_matrix_row_and_column() -> None:
-    assert states.mix(1) == 0x514E28B7  # MurmurHash3's fmix32
-    assert states.mix(0xDEADBEEF) == 0x0DE5C6A9
-    key = states.key_of(5, 2)
-    assert key == states.mix(states.mix(5 + 2 * 0x9E3779B9 - 2**32))
+    assert mix32(1) == 0x514E28B7  # MurmurHash3's fmix32
+    assert mix32(0xDEADBEEF) == 0x0DE5C6A9
+    key = step_key(5, 2)
+    assert key == mix32(mix32(5 + 2 * 0x9E3779B9 - 2**32))
     words = states.words(key, torch.tensor([7, 3]), 4)
-    assert words[1, 2] == states.mix(states.mix(3 ^ key) ^ 2)
-    assert states.key_of(5 + 2**40, 2) != key
+    assert words[1, 2] == mix32(mix32(3 ^ key) ^ 2)
+    assert step_key(5 + 2**40, 2) != key
     assert int(words.min()) >= 0
     assert int(words.max()) < 2**32
 
 
 def test_random_words_are_even_and_unlike_their_neighbours() -> None:
-    words = torch.cat([states.words(states.key_of(s, 0), torch.arange(64), 256) for s in (1, 2)])
+    words = torch.cat([states.words(step_key(s, 0), torch.arange(64), 256) for s in (1, 2)])
     bits = (words[..., None] >> torch.arange(32)) & 1  # [128, 256, 32]
     assert (bits.double().mean((0, 1)) - 0.5).abs().max() < 5 * 0.5 / 2**7.5
     signs = 2.0 * bits.double() - 1
@@ -98,7 +98,7 @@ def test_the_mean_of_what_is_stored_is_the_number(state: str, second: bool) -> N
     values, times = spread_out(6, 300, second), 1024
     stored, total = states.zeros(values, state), torch.zeros(6, 300, dtype=torch.float64)
     for step in range(times):
-        words = states.words(states.key_of(step, 0), torch.arange(6), 300)
+        words = states.words(step_key(step, 0), torch.arange(6), 300)
         states.write(stored, slice(None), values, words, second=second)
         total += read(stored, values, second)
     spacing = 2.0**-7 if state == "bfloat16" else 2.0**-3
@@ -113,7 +113,7 @@ def test_what_was_stored_is_stored_again_exactly_and_doubling_moves_the_scale_al
     second: bool,
 ) -> None:
     values = spread_out(6, 300, second)
-    words = states.words(states.key_of(1, 0), torch.arange(6), 300)
+    words = states.words(step_key(1, 0), torch.arange(6), 300)
     stored = states.zeros(values, "int8")
     states.write(stored, slice(None), values, words, second=second)
     again = stored.clone()

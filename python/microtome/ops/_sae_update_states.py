@@ -4,7 +4,7 @@ The spec that every backend follows to the bit: given a float32 moment, the step
 the place in it, what is stored does not depend on the backend.
 
 Random bits are a hash of (step, matrix, row, column), so that a run repeats and resumes. With mix
-the finaliser of MurmurHash3 (Appleby, public domain) on 32 bits,
+the finaliser of MurmurHash3 on 32 bits, and matrix 0 for W_enc and 2 for W_dec,
 
     key  = mix(mix(step + matrix * 0x9E3779B9 mod 2^32) ^ (step >> 32))
     word = mix(mix(key ^ row) ^ column)
@@ -28,17 +28,15 @@ Source: Dettmers et al. 2022, arXiv:2110.02861 (block-wise 8-bit states).
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
+
+from microtome._seed import mix32
 
 STATES = ("float32", "bfloat16", "int8")
 BLOCK = 128
 TOP = (15, 31)  # largest exponent field of a code, of the first and the second moment
 SMALLEST = 4  # least `least`: every code stands for a normal float32 or zero
-_MASK = 0xFFFFFFFF
-Word = TypeVar("Word", int, Tensor)
 
 
 def row_bytes(d: int) -> int:
@@ -57,24 +55,10 @@ def zeros(p: Tensor, state: str, device: str | None = None) -> Tensor:
     )
 
 
-def mix(h: Word) -> Word:
-    """MurmurHash3's finaliser of 32-bit words in [0, 2^32)."""
-    h = h ^ (h >> 16)
-    h = (h * 0x85EBCA6B) & _MASK  # an int64's product wraps, its low 32 bits are right
-    h = h ^ (h >> 13)
-    h = (h * 0xC2B2AE35) & _MASK
-    return h ^ (h >> 16)
-
-
-def key_of(step: int, matrix: int) -> int:
-    """The key of one matrix (0 W_enc, 2 W_dec: its place among the parameters) at one step."""
-    return mix(mix((step + matrix * 0x9E3779B9) & _MASK) ^ (step >> 32))
-
-
 def words(key: int, rows: Tensor, d: int) -> Tensor:
     """[len(rows), d] int64 random words of 32 bits for rows of a matrix."""
     column = torch.arange(d, dtype=torch.int64, device=rows.device)
-    return mix(mix(rows.long() ^ key)[:, None] ^ column)
+    return mix32(mix32(rows.long() ^ key)[:, None] ^ column)
 
 
 def read(stored: Tensor, like: Tensor, *, second: bool) -> Tensor:

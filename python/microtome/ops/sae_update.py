@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome._seed import step_key
 from microtome.ops import _sae_update_cuda
 from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops import _sae_update_states as states
@@ -173,7 +174,7 @@ def sae_update_reference(
         p[rows] = part
         bits = None
         if any(t.dtype != p.dtype for t, _ in kept):
-            bits = states.words(states.key_of(step, matrix), numbers, p.shape[1])
+            bits = states.words(step_key(step, matrix), numbers, p.shape[1])
         for (t, second), new in zip(kept, full, strict=True):
             if bits is not None:
                 states.write(t, rows, new, bits, second=second)
