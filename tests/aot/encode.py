@@ -60,11 +60,17 @@ def after() -> dict[str, Case]:
     select = {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}
     halves = types("bf16", "x b_dec W bias")
     sure = {"sure": "i32"}
-    warps = {**FUSED, "num_warps": topk_narrow.warps(length)}
     kernels = {
         "tops": (topk_narrow._tops_kernel, {"BN": 128}, {}, FUSED),
         "sampled": (topk_narrow._sampled_kernel, sampled, {}, topk_narrow.THRESHOLD_OPTIONS),
-        "narrow": (topk_narrow._narrow_kernel, {"BR": 1, "BC": length}, sure, warps),
+        "narrow": (
+            topk_narrow._narrow_kernel, {"BR": 1, "BELOW": 0, "BC": topk_narrow.SHORT}, sure,
+            {**FUSED, "num_warps": topk_narrow.warps(topk_narrow.SHORT)},
+        ),
+        "narrow_long": (
+            topk_narrow._narrow_kernel, {"BR": 1, "BELOW": topk_narrow.SHORT + 1, "BC": length},
+            sure, {**FUSED, "num_warps": topk_narrow.warps(length)},
+        ),
         "value": (topk_select._value_kernel, value, {}, FUSED),
         "value_bf16": (topk_select._value_kernel, value, halves, FUSED),
         "rest": (topk_narrow._rest_kernel, {**dots, "BN": BN, "BC": BC}, sure, FUSED),
