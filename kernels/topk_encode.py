@@ -13,7 +13,8 @@
    data; without such rows they return at once.
 
 A feature's value comes from the same float32 sum on every path, so it depends neither on the
-threshold nor on the order in which programs append.
+threshold nor on the order in which programs append. Where x and W are bf16 and there is no b_dec
+the score itself is that sum, but for rows computed whole.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"

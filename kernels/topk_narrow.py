@@ -129,12 +129,13 @@ def _sampled_kernel(
 @triton.jit
 def _narrow_kernel(
     x_stats, w_stats, count, index, value, sure, rows, k, capacity, unit,
-    BR: tl.constexpr, BELOW: tl.constexpr, BC: tl.constexpr,
+    ANSWER: tl.constexpr, BR: tl.constexpr, BELOW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Shorten the list to those with score - E >= T, then those with score + E >= T.
 
     sure [rows]: how many come first; 0 for a list that overflowed. The others' values become score
-    + E. For lists of BELOW to BC features, so that most rows take the small tile.
+    + E. For lists of BELOW to BC features, so that most rows take the small tile. With ANSWER the
+    scores are the values: E is 0.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     passed = tl.load(count + row, mask=row < rows, other=0)
@@ -151,7 +152,7 @@ def _narrow_kernel(
     w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=live, other=0.0)
     of_w, of_lost, _ = _spread(x_stats, row, rows, unit)
     error = of_w[:, None] * w_norm + of_lost[:, None] * w_lost
-    error = error * 1.0001 + tl.abs(score) * 1e-6
+    error = tl.zeros((BR, BC), tl.float32) if ANSWER else error * 1.0001 + tl.abs(score) * 1e-6
     least = tl.where(live, select._order(score - error), -2147483648)
     kth = _kth(least, k, BR)[:, None]
     first = live & (least >= kth)
@@ -233,9 +234,17 @@ def values(
     lists: select.Lists, x: Tensor, x_stats: Tensor, W_enc: Tensor, w_stats: Tensor,
     b_enc: Tensor | None, b_dec: Tensor | None, k: int,
 ) -> None:  # fmt: skip
-    """Shorten the lists and put float32 values, or -inf, in place of the scores that stay."""
+    """Shorten the lists and put float32 values, or -inf, in place of the scores that stay.
+
+    Where x and W_enc are bf16 and nothing is subtracted from x, a score is a float32 sum of the
+    very products that a value is, and is taken for it: gathering W_enc again would only add them in
+    another order.
+    """
+    answer = x.dtype == torch.bfloat16 and b_dec is None
     (rows, d), capacity = x.shape, lists.index.shape[1]
     BC = triton.next_power_of_2(capacity)
+    if BC > WIDEST and answer:
+        return
     if BC > WIDEST:
         select.value(lists, x, W_enc, b_enc, b_dec, lists.count)
         return
@@ -245,10 +254,12 @@ def values(
     while length <= BC:
         _narrow_kernel[(triton.cdiv(rows, BR),)](
             x_stats, w_stats, lists.count, lists.index, lists.value, sure, rows, k, capacity,
-            d * 2.0**-24, BR=BR, BELOW=shortest, BC=length, num_warps=warps(length),
+            d * 2.0**-24, ANSWER=answer, BR=BR, BELOW=shortest, BC=length, num_warps=warps(length),
             enable_fp_fusion=True,
         )  # fmt: skip
         shortest, length = length + 1, 2 * length
+    if answer:
+        return
     select.value(lists, x, W_enc, b_enc, b_dec, sure)
     BN, BC = select.tile(x)
     _rest_kernel[(triton.cdiv(rows, BN), 2)](
