@@ -44,29 +44,48 @@ DONE:
 def _store_asm(leaf, eighth):
     """Store what is set among eight bits of $2, from place $1 on; $0 = the next place.
 
-    $3 row, $4 first column, $5 bytes of a list, $6 index, $7 value, $8 ... $15 scores.
+    $3 row, $4 first column, $5 bytes of a list, $6 index, $7 value, $8 ... $15 scores: the first
+    score's bit is the highest. A thread that has one, as a rule the only one, finds its place b,
+    selects the score by b's three bits and the column by arithmetic.
     """
-    stores = "".join(
-        f"""and.b32 t, $2, {1 << (8 * eighth + 7 - i)};
-setp.ne.u32 p, t, 0;
-@p mad.wide.u32 a, at, 4, i;
-@p add.u32 t, $4, {i // 2 * leaf + i % 2};
-@p st.global.b32 [a], t;
-@p mad.wide.u32 a, at, 4, v;
-@p st.global.b32 [a], ${8 + i};
-@p add.u32 at, at, 1;
-"""
-        for i in range(8)
-    )
+    pairs = "".join(
+        f"selp.b32 s{i}, ${14 - 2 * i}, ${15 - 2 * i}, p1;\n" for i in range(4)
+    )  # b = 2 i + 1 or 2 i
     return f"""{{
-.reg .pred p; .reg .b32 t, at; .reg .b64 a, i, v;
+.reg .pred p, p1, p2, p4; .reg .b32 t, b, c, at, s0, s1, s2, s3; .reg .b64 a, i, v;
 mov.b32 at, $1;
-and.b32 t, $2, {255 << (8 * eighth)};
+shr.u32 t, $2, {8 * eighth};
+and.b32 t, t, 255;
 setp.eq.u32 p, t, 0;
 @p bra SKIP;
 mad.wide.u32 i, $3, $5, $6;
 mad.wide.u32 v, $3, $5, $7;
-{stores}SKIP:
+NEXT:
+bfind.u32 b, t;
+and.b32 c, b, 1;
+setp.ne.u32 p1, c, 0;
+and.b32 c, b, 2;
+setp.ne.u32 p2, c, 0;
+and.b32 c, b, 4;
+setp.ne.u32 p4, c, 0;
+{pairs}selp.b32 s0, s1, s0, p2;
+selp.b32 s2, s3, s2, p2;
+selp.b32 s0, s2, s0, p4;
+xor.b32 c, b, 7;
+shr.u32 s1, c, 1;
+and.b32 c, c, 1;
+add.u32 c, c, $4;
+mad.lo.u32 c, s1, {leaf}, c;
+mad.wide.u32 a, at, 4, i;
+st.global.b32 [a], c;
+mad.wide.u32 a, at, 4, v;
+st.global.b32 [a], s0;
+add.u32 at, at, 1;
+shl.b32 c, 1, b;
+xor.b32 t, t, c;
+setp.ne.u32 p, t, 0;
+@p bra NEXT;
+SKIP:
 mov.b32 $0, at;
 }}"""
 

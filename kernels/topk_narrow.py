@@ -19,7 +19,8 @@ import triton.language as tl
 from microtome.kernels import topk_select as select
 from torch import Tensor
 
-WIDEST = 8192  # longer lists are not narrowed
+SHORT = 512  # lists up to this length, to twice this length, ... are narrowed alike
+WIDEST = 8192  # longer ones are not narrowed
 CHUNK = 512  # sampled scores looked at together
 
 
@@ -128,18 +129,22 @@ def _sampled_kernel(
 @triton.jit
 def _narrow_kernel(
     x_stats, w_stats, count, index, value, sure, rows, k, capacity, unit,
-    BR: tl.constexpr, BC: tl.constexpr,
+    ANSWER: tl.constexpr, BR: tl.constexpr, BELOW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Shorten the list to those with score - E >= T, then those with score + E >= T.
 
     sure [rows]: how many come first; 0 for a list that overflowed. The others' values become score
-    + E.
+    + E. For lists of BELOW to BC features, so that most rows take the small tile. With ANSWER the
+    scores are the values: E is 0.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     passed = tl.load(count + row, mask=row < rows, other=0)
     listed = tl.where(passed > capacity, 0, passed)
+    ours = (row < rows) & (listed >= BELOW) & (listed <= BC)
+    if tl.max(ours.to(tl.int32), 0) == 0:
+        return
     at = tl.arange(0, BC)[None, :]
-    live = at < listed[:, None]  # [BR, BC]
+    live = (at < listed[:, None]) & ours[:, None]  # [BR, BC]
     line = row.to(tl.int64)[:, None] * capacity
     score = tl.load(value + line + at, mask=live, other=0.0)
     feature = tl.load(index + line + at, mask=live, other=0)
@@ -147,7 +152,7 @@ def _narrow_kernel(
     w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=live, other=0.0)
     of_w, of_lost, _ = _spread(x_stats, row, rows, unit)
     error = of_w[:, None] * w_norm + of_lost[:, None] * w_lost
-    error = error * 1.0001 + tl.abs(score) * 1e-6
+    error = tl.zeros((BR, BC), tl.float32) if ANSWER else error * 1.0001 + tl.abs(score) * 1e-6
     least = tl.where(live, select._order(score - error), -2147483648)
     kth = _kth(least, k, BR)[:, None]
     first = live & (least >= kth)
@@ -158,9 +163,9 @@ def _narrow_kernel(
     tl.debug_barrier()  # everything has been read
     tl.store(index + line + place, feature, mask=first | rest)
     tl.store(value + line + place, score + error, mask=first | rest)
-    tl.store(sure + row, many, mask=row < rows)
+    tl.store(sure + row, many, mask=ours)
     short = many + tl.sum(rest.to(tl.int32), 1)
-    tl.store(count + row, tl.where(passed > capacity, passed, short), mask=row < rows)
+    tl.store(count + row, tl.where(passed > capacity, passed, short), mask=ours)
 
 
 @triton.jit
@@ -197,48 +202,64 @@ def _rest_kernel(
         tl.store(value + line + at, tl.where(live, result, float("-inf")), mask=mask)
 
 
-def tops(w_stats: Tensor, BN: int) -> Tensor:
-    """[tiles, 2] float32: the largest norm and lost norm of each tile of BN features."""
+def tops(w_stats: Tensor, BN: int) -> tuple[Tensor, Tensor]:
+    """[tiles, 2] float32: the largest norm and lost norm of each tile of BN features; [2]: of
+    all."""
     f = w_stats.shape[0]
     out = torch.empty(triton.cdiv(f, BN), 2, dtype=torch.float32, device=w_stats.device)
     _tops_kernel[(out.shape[0],)](w_stats, out, f, BN=BN, enable_fp_fusion=True)
-    return out
+    return out, out.amax(0)
 
 
 def sampled(
-    p: Any, sample: Tensor, x_stats: Tensor, tops: Tensor, lists: select.Lists, f: int, d: int
-) -> None:
+    p: Any, sample: Tensor, x_stats: Tensor, tops: tuple[Tensor, Tensor], lists: select.Lists,
+    f: int, d: int,
+) -> None:  # fmt: skip
     """Thresholds from the sample [rows, width], and what the sample adds to the lists."""
     rows, width = sample.shape
     groups = min(width // p.group, p.groups)
     BR, BC = (1, CHUNK) if sample.is_cuda else (32, 1024)
     _sampled_kernel[(triton.cdiv(rows, BR),)](
-        sample, x_stats, tops, tops.amax(0), lists.theta, lists.count, lists.index, lists.value,
+        sample, x_stats, *tops, lists.theta, lists.count, lists.index, lists.value,
         rows, f, width, groups, p.rank, p.stride, p.capacity, d * 2.0**-24,
         TILE=p.BN, GROUP=p.group, BR=BR, BG=triton.next_power_of_2(groups), BC=BC,
         **THRESHOLD_OPTIONS,
     )  # fmt: skip
 
 
-THRESHOLD_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+THRESHOLD_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def values(
     lists: select.Lists, x: Tensor, x_stats: Tensor, W_enc: Tensor, w_stats: Tensor,
     b_enc: Tensor | None, b_dec: Tensor | None, k: int,
 ) -> None:  # fmt: skip
-    """Shorten the lists and put float32 values, or -inf, in place of the scores that stay."""
+    """Shorten the lists and put float32 values, or -inf, in place of the scores that stay.
+
+    Where x and W_enc are bf16 and nothing is subtracted from x, a score is a float32 sum of the
+    very products that a value is, and is taken for it: gathering W_enc again would only add them in
+    another order.
+    """
+    answer = x.dtype == torch.bfloat16 and b_dec is None
     (rows, d), capacity = x.shape, lists.index.shape[1]
     BC = triton.next_power_of_2(capacity)
+    if BC > WIDEST and answer:
+        return
     if BC > WIDEST:
         select.value(lists, x, W_enc, b_enc, b_dec, lists.count)
         return
     sure = torch.empty_like(lists.count)
     BR = 1 if x.is_cuda else 32
-    _narrow_kernel[(triton.cdiv(rows, BR),)](
-        x_stats, w_stats, lists.count, lists.index, lists.value, sure, rows, k, capacity,
-        d * 2.0**-24, BR=BR, BC=BC, num_warps=warps(BC), enable_fp_fusion=True,
-    )  # fmt: skip
+    shortest, length = 0, min(BC, SHORT)
+    while length <= BC:
+        _narrow_kernel[(triton.cdiv(rows, BR),)](
+            x_stats, w_stats, lists.count, lists.index, lists.value, sure, rows, k, capacity,
+            d * 2.0**-24, ANSWER=answer, BR=BR, BELOW=shortest, BC=length, num_warps=warps(length),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        shortest, length = length + 1, 2 * length
+    if answer:
+        return
     select.value(lists, x, W_enc, b_enc, b_dec, sure)
     BN, BC = select.tile(x)
     _rest_kernel[(triton.cdiv(rows, BN), 2)](

@@ -162,7 +162,7 @@ def test_repaired_rows_hold_the_same_bits(change: dict[str, int], repaired: int 
 def test_ties_go_to_the_lower_index_on_every_path() -> None:
     # Every feature is one of three, so the k-th value is shared by hundreds and every list
     # overflows.
-    f, k = 900, 5
+    f, k = 2100, 5
     W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).repeat(f // 3 + 1, 1)[:f].to(DEVICE)
     x = torch.tensor([[2.0, 1.0], [0.0, 3.0], [-1.0, -2.0], [0.0, -1.0]], device=DEVICE)
     values, indices, candidates = encode.launch(x, W, None, None, k, "exact", "auto", None, None)

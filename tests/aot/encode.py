@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import triton
 from aot.case import Case, types
@@ -47,6 +48,12 @@ def products(arch: int) -> dict[str, Case]:
     return out
 
 
+def narrow(below: int, length: int) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Constants, pointers and options for lists of this length."""
+    constants = {"ANSWER": False, "BR": 1, "BELOW": below, "BC": length}
+    return constants, {"sure": "i32"}, {**FUSED, "num_warps": topk_narrow.warps(length)}
+
+
 def after() -> dict[str, Case]:
     """From the sample and the lists to the answer."""
     plan = topk_encode.plan(n, f, k)
@@ -60,11 +67,11 @@ def after() -> dict[str, Case]:
     select = {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}
     halves = types("bf16", "x b_dec W bias")
     sure = {"sure": "i32"}
-    warps = {**FUSED, "num_warps": topk_narrow.warps(length)}
     kernels = {
         "tops": (topk_narrow._tops_kernel, {"BN": 128}, {}, FUSED),
         "sampled": (topk_narrow._sampled_kernel, sampled, {}, topk_narrow.THRESHOLD_OPTIONS),
-        "narrow": (topk_narrow._narrow_kernel, {"BR": 1, "BC": length}, sure, warps),
+        "narrow": (topk_narrow._narrow_kernel, *narrow(0, topk_narrow.SHORT)),
+        "narrow_long": (topk_narrow._narrow_kernel, *narrow(topk_narrow.SHORT + 1, length)),
         "value": (topk_select._value_kernel, value, {}, FUSED),
         "value_bf16": (topk_select._value_kernel, value, halves, FUSED),
         "rest": (topk_narrow._rest_kernel, {**dots, "BN": BN, "BC": BC}, sure, FUSED),

@@ -84,6 +84,8 @@ def execute(text: str, operands: Sequence[int]) -> dict[int, int]:
             result = (((b << 32 | a) << more[1]) >> 32) & 0xFFFFFFFF
         elif name == "mad.wide.u32":
             result = a * b + more[1]
+        elif name == "selp.b32":
+            result = a if more[1] else b
         elif name == "max.s32":
             result = max(signed(a), signed(b)) & 0xFFFFFFFF
         elif name == "atom.relaxed.gpu.global.add.u32":
@@ -92,7 +94,9 @@ def execute(text: str, operands: Sequence[int]) -> dict[int, int]:
         else:
             simple = {
                 "mov.b32": a, "popc.b32": a.bit_count(), "and.b32": a & b, "add.u32": a + b,
-                "sub.u32": a - b, "sub.s32": a - b,
+                "sub.u32": a - b, "sub.s32": a - b, "xor.b32": a ^ b,
+                "shr.u32": a >> min(b, 32), "shl.b32": a << min(b, 32),
+                "bfind.u32": a.bit_length() - 1, "mad.lo.u32": a * b + sum(more[1:]),
             }  # fmt: skip
             result = simple[name] & 0xFFFFFFFF
         state[arguments[0]] = result

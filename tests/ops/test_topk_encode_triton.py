@@ -96,6 +96,23 @@ def test_narrowing_computes_fewer_values_than_the_filter_lets_through() -> None:
         assert set(best.tolist()) <= set(feature[computed].tolist())
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_bf16_rows_are_answered_by_their_scores_unless_b_dec_is_subtracted(
+    centred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(select, "value", lambda *a: called.append(a))
+    x, W, b_enc, b_dec = (t.bfloat16() for t in inputs(6, 64, 2000))
+    args = (x, W, b_enc, b_dec if centred else None, 8)
+    values, indices, _ = encode.run(encode.plan(6, 2000, 8), *args)
+    assert len(called) == int(centred)
+    if not centred:
+        assert torch.equal(indices.long(), reference(*args).long())
+        exact = (x.double() @ W.double().T + b_enc.double()).gather(1, indices.long())
+        # The interpreter cuts where a GPU rounds to bf16.
+        torch.testing.assert_close(values.double(), exact, rtol=2.0**-7, atol=0.0)
+
+
 def test_a_filter_keeps_equal_scores_and_counts_what_does_not_fit() -> None:
     score = torch.full((4, 32), -1.0)
     score[0, 3] = score[0, 17] = 2.0
