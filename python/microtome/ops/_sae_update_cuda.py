@@ -53,8 +53,11 @@ def update(
     captured it cannot.
     """
     native, f, (n, d) = _native.cuda(), W_enc.shape[0], x.shape
-    empty = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    whole = lambda dtype, size: torch.empty(size, dtype=dtype, device=x.device)  # noqa: E731
+    device = x.device
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
     with _native.device_of(x):
         flat = indices.flatten().int()
         if aux_indices is not None:
@@ -67,11 +70,11 @@ def update(
         latents, order = torch.sort(flat, stable=True)
         m = flat.numel()
         slots = -(-m // CHUNK) if m > CHUNK else 0
-        fired = whole(torch.int32, f)
+        fired = empty(f, dtype=torch.int32)
         entries = (
-            latents, order, empty(m), empty(m), whole(torch.int32, m), whole(torch.uint8, m),
-            whole(torch.int32, f + 1), empty(f), fired, whole(torch.int32, f),
-            empty(slots, d), empty(slots, d),
+            latents, order, empty(m), empty(m), empty(m, dtype=torch.int32),
+            empty(m, dtype=torch.uint8), empty(f + 1, dtype=torch.int32), empty(f), fired,
+            empty(f, dtype=torch.int32), empty(slots, d), empty(slots, d),
         )  # fmt: skip
         centre = empty(native.update_programs(f), d) if center else None
         native.sae_update(
