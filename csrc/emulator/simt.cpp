@@ -21,12 +21,21 @@ constexpr const char* kNames[kBarriers] = {
     "__syncthreads", "barrier 1", "barrier 2",  "barrier 3",  "barrier 4",  "barrier 5",  "barrier 6",  "barrier 7",
     "barrier 8",     "barrier 9", "barrier 10", "barrier 11", "barrier 12", "barrier 13", "barrier 14", "barrier 15"};
 
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    int group;
+};
+
 struct Thread {
     Fiber* fiber = nullptr;
     uint3 at;
     const std::function<bool()>* ready = nullptr;  // null: it can run
     const char* waits_for = "";
     bool done = false;
+    std::vector<Copy> copies;
+    int groups = 0;  // committed
 };
 
 struct Barrier {
@@ -195,6 +204,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
             for (unsigned t = 0; t < size; ++t) {
                 b.threads[t].done = false;
                 b.threads[t].ready = nullptr;
+                b.threads[t].copies.clear();
                 b.threads[t].fiber->begin(enter);
                 b.turns[t] = t;
             }
@@ -265,6 +275,23 @@ Lanes exchange(uint32_t mask, uint64_t mine, const char* what) {
 
 unsigned lane() { return static_cast<unsigned>(block->current) % 32; }
 unsigned warp() { return static_cast<unsigned>(block->current) / 32; }
+
+void copy_later(void* to, const void* from, size_t bytes) { self().copies.push_back({to, from, bytes, self().groups}); }
+
+void commit_copies() { ++self().groups; }
+
+void wait_copies(int groups_left) {
+    Thread& thread = self();
+    std::vector<Copy> left;
+    for (const Copy& copy : thread.copies) {
+        if (copy.group < thread.groups - groups_left) {
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        } else {
+            left.push_back(copy);
+        }
+    }
+    thread.copies = std::move(left);
+}
 
 void later(std::function<void()> work) { block->pending.push_back(std::move(work)); }
 

@@ -59,6 +59,11 @@ unsigned warp();  // of the block
 // Work that completes later, at a time the scheduler picks before it would call the block deadlocked.
 void later(std::function<void()> work);
 
+// cp.async: the caller's copies are made when it waits for their group, and not seen before.
+void copy_later(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_copies(int groups_left);
+
 template <class T>
 uint64_t bits(T value) {
     static_assert(sizeof(T) <= 8);
@@ -167,6 +172,14 @@ T atomicCAS(T* at, T expected, T value) {
     return old;
 }
 
+template <class T>
+T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+    return a < b ? b : a;
+}
 template <class T>
 T __ldg(const T* at) {
     return *at;

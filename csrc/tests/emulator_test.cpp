@@ -4,6 +4,7 @@
 #include <string>
 
 #include "check.h"
+#include "cuda/copy.cuh"
 #include "cuda/device.cuh"
 
 namespace microtome::test {
@@ -182,6 +183,25 @@ void atomics_lose_nothing_and_come_in_any_order() {
         for (int i = 0; i < 128; ++i) CHECK(sorted[static_cast<size_t>(i)] == i);
     }
     CHECK(first != other);
+}
+
+void a_copy_is_not_seen_before_its_group_is_waited_for() {
+    int from[64];
+    for (int i = 0; i < 64; ++i) from[i] = i;
+    const auto out = run(32, Order::kForward, [&](int* result) {
+        MICROTOME_DYNAMIC_SHARED(int, box);
+        box[me()] = box[32 + me()] = -1;
+        cuda::copy_async<4>(box + me(), from + me());
+        cuda::commit_async();
+        cuda::copy_async<4>(box + 32 + me(), from + 32 + me());
+        cuda::commit_async();
+        const int before = box[me()];
+        cuda::wait_async<1>();
+        const int first = box[me()], second = box[32 + me()];
+        cuda::wait_async<0>();
+        result[me()] = before == -1 && first == me() && second == -1 && box[32 + me()] == 32 + me();
+    });
+    CHECK(std::count(out.begin(), out.end(), 1) == 32);
 }
 
 void an_exception_in_a_kernel_reaches_the_host() {

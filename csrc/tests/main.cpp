@@ -35,6 +35,7 @@ namespace microtome::test {
     X(threads_that_returned_are_not_waited_for)                   \
     X(shared_memory_starts_as_nan_in_every_block)                 \
     X(atomics_lose_nothing_and_come_in_any_order)                 \
+    X(a_copy_is_not_seen_before_its_group_is_waited_for)          \
     X(an_exception_in_a_kernel_reaches_the_host)                  \
     X(a_geometry_that_no_gpu_has_is_refused)
 

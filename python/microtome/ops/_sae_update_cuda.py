@@ -14,9 +14,8 @@ CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
 def why_not(*args: object) -> str | None:
     """None when the kernels take a call's arguments, all by position, else the reason."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    moments = [a for a in args[15:23] if isinstance(a, Tensor)]
-    for m in moments:
-        if m.dtype != torch.float32:
+    for m in args[15:23]:
+        if isinstance(m, Tensor) and m.dtype in (torch.bfloat16, torch.int8):
             return f"moments in {str(m.dtype).removeprefix('torch.')} (has float32)"
     reason = why_not_common("cuda", tensors, (torch.float32,))
     indices, aux_indices, x, W_enc = args[0], args[5], args[10], args[11]
@@ -25,9 +24,9 @@ def why_not(*args: object) -> str | None:
     if args[24] is not None and args[23] != "bf16":
         return f"screen kind {args[23]!r} (refreshes 'bf16')"
     (n, d), f = x.shape, W_enc.shape[0]
-    m = sum(t.numel() for t in (indices, aux_indices) if isinstance(t, Tensor))
-    if not (0 < f < 2**31 - 1 and n < 2**30 and m < 2**31):
-        return f"n={n}, f={f}, entries={m} (needs 0 < f < 2^31 - 1, n < 2^30, entries < 2^31)"
+    entries = sum(t.numel() for t in (indices, aux_indices) if isinstance(t, Tensor))
+    if not (0 < f < 2**31 - 1 and n < 2**30 and entries < 2**31):
+        return f"n={n}, f={f}, entries={entries} (needs 0 < f < 2^31 - 1, n < 2^30, entries < 2^31)"
     aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
     widest = WIDEST if aligned else WIDEST_ODD
     if not 0 < d <= widest:
@@ -54,8 +53,11 @@ def update(
     captured it cannot.
     """
     native, f, (n, d) = _native.cuda(), W_enc.shape[0], x.shape
-    empty = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    whole = lambda dtype, size: torch.empty(size, dtype=dtype, device=x.device)  # noqa: E731
+    device = x.device
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
     with _native.device_of(x):
         flat = indices.flatten().int()
         if aux_indices is not None:
@@ -68,11 +70,11 @@ def update(
         latents, order = torch.sort(flat, stable=True)
         m = flat.numel()
         slots = -(-m // CHUNK) if m > CHUNK else 0
-        fired = whole(torch.int32, f)
+        fired = empty(f, dtype=torch.int32)
         entries = (
-            latents, order, empty(m), empty(m), whole(torch.int32, m), whole(torch.uint8, m),
-            whole(torch.int32, f + 1), empty(f), fired, whole(torch.int32, f),
-            empty(slots, d), empty(slots, d),
+            latents, order, empty(m), empty(m), empty(m, dtype=torch.int32),
+            empty(m, dtype=torch.uint8), empty(f + 1, dtype=torch.int32), empty(f), fired,
+            empty(f, dtype=torch.int32), empty(slots, d), empty(slots, d),
         )  # fmt: skip
         centre = empty(native.update_programs(f), d) if center else None
         native.sae_update(

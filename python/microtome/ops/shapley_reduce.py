@@ -44,8 +44,9 @@ def shapley_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor,
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic: sums run in the order of A and of U, the same bits for any
-    number of threads. NaN reaches the players that read it, and only them. Reads the values once;
-    every player gathers its own two, or four, of a walk.
+    number of threads. In CUDA C++ the units are summed 128 at a time and the spread in the same
+    pass (the order is in csrc/cuda/shapley_reduce.h). NaN reaches the players that read it, and
+    only them. Reads the values once; every player gathers its own two, or four, of a walk.
     Source: Castro et al. 2009, doi:10.1016/j.cor.2008.04.004; pairs: Mitchell et al. 2022, JMLR
     23:43.
 
@@ -142,10 +143,12 @@ def _cuda_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, T
     mean, m2 = (
         torch.empty(e, S, p, o, dtype=torch.float64, device=values.device) for _ in range(2)
     )
+    chunks = -(-U // 128)  # kUnits of csrc/cuda/shapley_reduce.h
+    parts = mean.new_empty((2, chunks, *mean.shape)) if chunks > 1 else None
     with _native.device_of(values):
         _native.cuda().shapley_reduce(
             values.dtype == torch.float64, values.data_ptr(), places.data_ptr(), e, S, U, A, p, o,
-            paired, mean.data_ptr(), m2.data_ptr(), _native.stream(values),
+            paired, mean.data_ptr(), m2.data_ptr(), _native.address(parts), _native.stream(values),
         )  # fmt: skip
     return mean, m2
 
