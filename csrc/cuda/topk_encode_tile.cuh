@@ -4,9 +4,9 @@
 // A block of three warpgroups stays on its multiprocessor and takes tiles of 128 rows x 256 features in turn. Of the
 // first, one thread copies 64 columns of both at a time into a ring of four stages, and one warp brings what the
 // epilogue needs of each feature. The other two multiply 64 rows each: 128 accumulators a thread, one product in flight
-// while the next stage is waited for. A larger tile would not fit the registers, a smaller one asks more of L2: at 128
-// x 256 a multiprocessor reads 48 bytes a cycle at full rate, at 64 x 256 with a tile for each warpgroup 80, and its
-// port gives 64.
+// while the next stage is waited for. A larger tile would not fit the registers, a smaller one asks more of L2: at
+// 128 x 256 a multiprocessor reads 48 bytes a cycle at the tensor cores' full rate, at 64 x 256, a tile for each
+// warpgroup, 80.
 //
 // The second warpgroup starts kLead stages late and stays as late, so that while one is in its epilogue the other has
 // stages left to multiply, at twice its share of the tensor cores. What an epilogue need not do before the accumulators

@@ -79,6 +79,14 @@ def test_every_score_is_that_of_the_bf16_rows(n, f, d, order):
     assert (maxima[:, f:] == float("-inf")).all()
 
 
+def test_rows_beyond_a_band_of_tiles_are_reached():
+    n, f, d = 2100, 300, 8  # a band is 16 tiles of 128 rows
+    (x, _), (w, _) = (shadow_rows(rows) for rows in problem(n, f, d)[:2])
+    maxima = torch.full((n, 512), float("nan"))
+    hopper.sample(x, w, None, 1, 1, maxima)
+    torch.testing.assert_close(maxima[:, :f], x.float() @ w.float().T, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("group", [16, 4])
 def test_each_sampled_feature_stands_behind_one_maximum(group):
     n, f, d, stride = 130, 5000, 8, 16  # 313 sampled features: two tiles
