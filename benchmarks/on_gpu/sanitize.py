@@ -17,7 +17,7 @@ from benchmarks.on_gpu.item import AbsentError, Context, Item, Row, backends_her
 from benchmarks.on_gpu.probes import SMALL, TINY
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 90.0
+SECONDS = 120.0
 FOUND = 7  # exit code that the tool is told to give where it found an error
 MAIN = Path(__file__).resolve().parents[1] / "gpu.py"
 PLACES = (
