@@ -20,8 +20,8 @@ from benchmarks.agreement import DisagreementError
 from benchmarks.on_gpu.against import against_reference
 from benchmarks.on_gpu.device import Device, wait_for_checks
 from benchmarks.on_gpu.inputs import Batch, Shape, batch
-from benchmarks.on_gpu.item import AbsentError, Context, Item, Row, backends_here, said
-from microtome.errors import NonFiniteError
+from benchmarks.on_gpu.item import AbsentError, Context, Item, Row, backends_here, refusal, said
+from microtome.errors import BackendError, NonFiniteError
 from microtome.ops import use_backend
 
 KINDS = ("random", "ties", "nan", "dense")
@@ -146,7 +146,7 @@ def verdicts(probe: Probe, backend: str, device: Device) -> Row:
     """One row: every kind's figures, and the first that went wrong."""
     base = {"part": 1, "item": probe.name, "shape": "", "backend": backend}
     found: dict[str, Any] = {}
-    wrong, failed = [], []
+    wrong, failed, refused = [], [], []
     # The small size is what the sanitizer runs: its kernels are compiled here, lanes side by side.
     sizes = {"": TINY} if device.dry else {"": FULL, " small": SMALL}
     for size, kind in itertools.product(sizes, KINDS[:2] if device.dry else KINDS):
@@ -158,12 +158,15 @@ def verdicts(probe: Probe, backend: str, device: Device) -> Row:
             device.synchronise()
         except AbsentError as error:
             return {**base, "status": "absent", "note": str(error)}
+        except BackendError as error:
+            refused.append(f"{kind}{size}: {refusal(error)}")
         except DisagreementError as error:
             wrong.append(f"{kind}{size}: {error}")
         except Exception as error:  # one kind that breaks does not hide the others
             failed.append(f"{kind}{size}: {said(error)}")
-    status = "WRONG" if wrong else "FAILED" if failed else "ok"
-    note = "; ".join([*wrong, *failed]) or "right on " + ", ".join(found)
+    status = "WRONG" if wrong else "FAILED" if failed else "ok" if found else "absent"
+    right = ["right on " + ", ".join(found)] if found else []
+    note = "; ".join([*wrong, *failed, *right, *refused])
     return {**base, "status": status, "check": found, "note": note}
 
 

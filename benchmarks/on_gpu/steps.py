@@ -24,6 +24,7 @@ from benchmarks.on_gpu.item import (
     Row,
     Subject,
     measure,
+    said,
 )
 from microtome.ops import (
     Code,
@@ -214,6 +215,9 @@ def peers_train(context: Context) -> list[Row]:
             losses = [float(loss) for loss in _losses(build(b))]
         except AbsentError as error:
             out.append({**base, "status": "absent", "note": str(error)})
+            continue
+        except Exception as error:  # one contender that breaks does not hide the others
+            out.append({**base, "status": "FAILED", "note": said(error)})
             continue
         off = max(abs(a - p) / abs(p) for a, p in zip(losses, plain, strict=True))
         status = "ok" if off <= 5 * LOSS_TOLERANCE else "WRONG"
