@@ -32,12 +32,13 @@ def within(
         plain: the same by plain PyTorch, in got's dtype.
         exact: the same in float64.
         factor: how many times plain PyTorch's error is allowed, beside one unit in the last place
-            of the largest entry.
+            of the largest entry (512 of them for float64, where the exact answer is rounded too).
 
     Returns:
         {"<what>_error": ..., "<what>_allowed": ...}.
     """
     unit = torch.finfo(got.dtype if got.dtype.is_floating_point else torch.float32).eps
+    unit *= 512 if got.dtype == torch.float64 else 1
     rounding = unit * float(exact.abs().max()) if exact.numel() else 0.0
     error = largest_difference(got, exact)
     allowed = factor * largest_difference(plain, exact) + rounding

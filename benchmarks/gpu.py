@@ -90,7 +90,8 @@ def run_part(part: int, options: argparse.Namespace) -> dict[str, Any]:
         context = Context(Device(dry=True), limits)
         supervise.in_turn(first, context, deadline, report)
         warm = Context(context.device, context.limits, warm=True)
-        compiled = [item for item in alone if item.compiles]
+        # A quarter shows that the way is open; interpreted, nothing is compiled.
+        compiled = [item for item in alone if item.compiles][::4]
         supervise.in_turn(compiled, warm, deadline, lambda *_: None)
         supervise.in_turn([*shared, *alone], context, deadline, report)
     else:

@@ -31,6 +31,7 @@ from benchmarks.on_gpu import against, encode, inputs, item, sanitize, sheet, su
 from benchmarks.on_gpu.device import Device, Timing  # noqa: E402
 from benchmarks.on_gpu.item import AbsentError, Context, Item, Subject  # noqa: E402
 
+from microtome.errors import BackendError  # noqa: E402
 from microtome.ops import topk_encode  # noqa: E402
 
 DRY = Context(Device(dry=True), {"copy_gbs": 1.0, "l2_gbs": 1.0, "bf16_tflops": 1.0,
@@ -140,6 +141,21 @@ def test_a_contender_that_breaks_is_a_note_beside_the_rest() -> None:
 def test_an_op_that_is_not_in_the_build_is_absent_by_name() -> None:
     (row,) = item.guarded(thing(lambda _: item.backends_here("no_such_op")), DRY)
     assert (row["status"], row["note"]) == ("absent", "no_such_op: not in this build")
+
+
+def test_a_backend_that_refuses_inputs_is_absent_with_its_own_reason() -> None:
+    msg = (
+        "topk_encode: backend 'cuda' was demanded but cannot run here.\n  x: [2, 3] bfloat16 cuda:0\n"
+        "because\n  cuda: dtype bfloat16 (has float32)\n  triton: can run it"
+    )
+
+    def refuses() -> None:
+        raise BackendError(msg)
+
+    (row,) = rows_of(Subject(refuses, check=lambda: refuses() or {}))
+    assert (row["status"], row["note"]) == (
+        "absent", "topk_encode by cuda: dtype bfloat16 (has float32)",
+    )  # fmt: skip
 
 
 def test_an_item_for_which_the_card_is_too_small_is_skipped(monkeypatch: Any) -> None:

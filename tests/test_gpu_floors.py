@@ -83,11 +83,11 @@ def test_a_step_is_the_sum_of_its_ops_and_an_op_the_larger_of_its_two_times() ->
 ROW = {
     "part": 2, "item": "topk_encode", "shape": "M", "status": "ok", "backend": "triton",
     "ms": 4.0, "spread": 0.012, "floor_ms": 3.2, "peak_mib": 130.0, "note": "",
-    "beside": {"bf16 product": {"ms": 3.3}, "eai-sparsify": {"note": "not installed"}},
+    "beside": {"bf16 product": {"ms": 3.3, "peak_mib": 1.0}, "eai-sparsify": {"note": "not installed"}},
 }  # fmt: skip
 TABLE = """\
 item         shape  backend      ms  +-%  floor  x floor  MiB  beside, goals
-topk_encode  M      triton        4  1.2    3.2     1.25  130  bf16 product 3.3 (x1.21); REST
+topk_encode  M      triton        4  1.2    3.2     1.25  130  bf16 product 3.3 (x1.21, 1 MiB); REST
 solu         M               absent                            solu: not in this build
 
 part 2 on a card: 1 ok, 1 absent; 1 of 1 goals met

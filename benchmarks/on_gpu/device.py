@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome import ops
+
 Run = Callable[[], object]
 FLUSH = 256 * 2**20  # bytes written between timed calls, so that none starts with a warm cache
 AHEAD = 2_000_000  # cycles the card waits, about 1 ms, while the host enqueues the timed call
 SHORT_MS = 0.3  # below this a graph of calls is timed too
+
+
+def wait_for_checks() -> None:
+    """Raise what ops looked for without waiting, in builds that look so."""
+    late = getattr(ops, "synchronize", None)
+    if late is not None:
+        late()
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,10 @@ class Device:
         return torch.device("cpu" if self.dry else "cuda")
 
     def synchronise(self) -> None:
-        """Wait for the card; raises what a kernel did wrong."""
+        """Wait for the card; raises what a kernel did wrong, and what an op found out late."""
         if not self.dry:
             torch.cuda.synchronize()
+            wait_for_checks()
 
     def free(self) -> None:
         """Give back what Python and the caching allocator hold."""

@@ -15,6 +15,7 @@ from benchmarks.agreement import DisagreementError
 from benchmarks.floors import Need
 from benchmarks.on_gpu import sheet
 from benchmarks.on_gpu.device import Device, Run
+from microtome.errors import BackendError
 from microtome.ops import _registry, use_backend
 
 Row = dict[str, Any]
@@ -107,6 +108,8 @@ def guarded(item: Item, context: Context) -> list[Row]:
         return item.go(context)
     except AbsentError as error:
         return [{**base, "status": "absent", "note": str(error)}]
+    except BackendError as error:
+        return [{**base, "status": "absent", "note": refusal(error)}]
     except DisagreementError as error:
         return [{**base, "status": "WRONG", "note": str(error)}]
     except Exception as error:  # an item that breaks is a row of the table, not the end of it
@@ -118,6 +121,14 @@ def said(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)
     at = f" ({where[-1].filename.rsplit('/', 1)[-1]}:{where[-1].lineno})" if where else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}{at}"
+
+
+def refusal(error: BackendError) -> str:
+    """Why a demanded backend does not take these inputs: its own line of the message, if any."""
+    lines = str(error).splitlines()
+    own = [line.strip() for line in lines if line.strip().startswith(ON_CARD) and ":" in line]
+    demanded = [line for line in own if f"'{line.split(':')[0]}' was demanded" in lines[0]]
+    return f"{lines[0].split(':')[0]} by {(demanded or own or lines)[0]}"
 
 
 def backends_here(op: str) -> list[str]:
@@ -200,6 +211,8 @@ def measure(context: Context, base: Row, subject: Subject, *, repeats: int = 0) 
         return [{**out, "status": "WRONG", "note": str(error)}]
     except AbsentError as error:
         return [{**out, "status": "absent", "note": str(error)}]
+    except BackendError as error:
+        return [{**out, "status": "absent", "note": refusal(error)}]
     except Exception as error:
         return [{**out, "status": "FAILED", "note": said(error)}]
     try:

@@ -28,6 +28,7 @@ def items(part: int) -> list[Item]:
         from benchmarks.on_gpu import codes, decode, encode, patching, shapley, update
 
         parts = [m.items() for m in (encode, decode, update, codes, patching, shapley)]
+        parts += [encode.huge(), update.huge()]
         return [*first, *(item for group in parts for item in group)]
     from benchmarks.on_gpu import repeats, steps, whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.on_gpu import patching, shapley
-from benchmarks.on_gpu.against import against_reference
+from benchmarks.on_gpu.against import against_reference, equal_to_reference
 from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.inputs import Shape
 from benchmarks.on_gpu.item import Context
@@ -147,7 +147,13 @@ def gram(kind: str, shape: Shape, device: Device) -> Call | None:
     if kind == "random":
         weights += torch.rand(weights.shape, generator=g, device=place, dtype=torch.float64)
     args = (coalitions, weights, values, p)
-    return Call(coalition_gram, args, functools.partial(against_same, coalition_gram, args))
+    if kind == "random":
+        return Call(coalition_gram, args, functools.partial(against_same, coalition_gram, args))
+
+    def exactly(backend: str) -> dict[str, Any]:
+        return equal_to_reference(backend, coalition_gram, args)
+
+    return Call(coalition_gram, args, exactly)
 
 
 def against_same(call: Any, args: tuple[Any, ...], backend: str) -> dict[str, Any]:

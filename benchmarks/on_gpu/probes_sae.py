@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.agreement import within
+from benchmarks.agreement import DisagreementError, within
 from benchmarks.on_gpu import inputs
 from benchmarks.on_gpu.against import against_reference
-from benchmarks.on_gpu.codes import csr_rows, public
+from benchmarks.on_gpu.codes import check_threshold, csr_rows, public
 from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.encode import check_rows, check_topk, preactivations
 from benchmarks.on_gpu.inputs import Batch, Shape
@@ -47,8 +47,6 @@ def top_judge(
             wanted = call(*tensors)
         found.update(within("values", values, wanted[0], wanted[0].double()))
         if not torch.equal(indices, wanted[1]):
-            from benchmarks.agreement import DisagreementError
-
             msg = f"ties: {int((indices != wanted[1]).sum())} indices are not the lower ones"
             raise DisagreementError(msg)
     return {**found, "candidates_mean": float(candidates.float().mean())}
@@ -180,13 +178,16 @@ def threshold(kind: str, shape: Shape, device: Device) -> Call | None:
     # Half a unit off the integers of "ties", where nothing may lie on the border by rounding.
     theta = border.floor().add(0.5).expand(shape.f).contiguous() if kind == "ties" else None
     theta = torch.full_like(b.b_enc, float(border)) if theta is None else theta
-    call = functools.partial(public("threshold_encode"), threshold=theta, bandwidth=0.01)
-    tensors = (b.x, b.W_enc, b.b_enc, b.b_dec)
+    encode_above = public("threshold_encode")
+
+    def call(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, above: Tensor) -> Any:
+        return encode_above(x, W_enc, b_enc, b_dec, threshold=above, bandwidth=0.01)
+
+    tensors = (b.x, b.W_enc, b.b_enc, b.b_dec, theta)
     if kind == "nan":
         return Call(call, tensors, raises_for_nan(call, tensors, shape.n // 2))
     if kind == "ties":
         return Call(lambda *a: call(*a)[0], tensors)
-    from benchmarks.on_gpu.codes import check_threshold
 
     def judge(backend: str) -> dict[str, Any]:
         with use_backend(backend):

@@ -13,9 +13,11 @@ from benchmarks.on_gpu.item import (
     Item,
     Row,
     backends_here,
+    refusal,
     same_bits,
 )
 from benchmarks.on_gpu.probes import FULL, TINY, Probe
+from microtome.errors import BackendError
 
 
 def run(probe: Probe, context: Context) -> list[Row]:
@@ -37,6 +39,8 @@ def run(probe: Probe, context: Context) -> list[Row]:
             same_bits(once, count)
         except DisagreementError as error:
             rows.append({**base, "status": "WRONG", "note": str(error)})
+        except BackendError as error:
+            rows.append({**base, "status": "absent", "note": refusal(error)})
         else:
             rows.append({**base, "status": "ok", "note": f"{count} calls, the same bits"})
     return rows

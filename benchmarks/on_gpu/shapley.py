@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Need
-from benchmarks.on_gpu.against import against_reference
+from benchmarks.on_gpu.against import against_reference, equal_to_reference
 from benchmarks.on_gpu.device import Run
 from benchmarks.on_gpu.goals import TORCH
 from benchmarks.on_gpu.item import AbsentError, Context, Item, Row, Subject, under
@@ -114,7 +114,7 @@ def gram(context: Context, p: int) -> list[Row]:
 
     def build(backend: str) -> Subject:
         run = under(backend, functools.partial(coalition_gram, *args))
-        check = functools.partial(against_reference, backend, coalition_gram, args, args)
+        check = functools.partial(equal_to_reference, backend, coalition_gram, args)
         need = Need(hbm=8 * K * (words + 3), fp64=float(K * (players + 1) ** 2))
         return Subject(run, check, need, {TORCH: torch_way}, backend=backend)
 

@@ -116,7 +116,8 @@ def _remarks(r: Row) -> str:
     parts = []
     for name, other in r.get("beside", {}).items():
         if other.get("ratio"):
-            parts.append(f"{name} {other['ms']:.3g} (x{other['ratio']:.2f})")
+            peak = f", {other['peak_mib']:.0f} MiB" if other.get("peak_mib") else ""
+            parts.append(f"{name} {other['ms']:.3g} (x{other['ratio']:.2f}{peak})")
         else:
             parts.append(f"{name}: {other.get('note', '')}"[:60].rstrip(": "))
     for goal in r.get("goals", []):

@@ -13,6 +13,7 @@ from benchmarks.agreement import DisagreementError
 from benchmarks.floors import decode_need, encode_need, update_need
 from benchmarks.on_gpu import inputs
 from benchmarks.on_gpu.device import Run
+from benchmarks.on_gpu.encode import profile, screen_of
 from benchmarks.on_gpu.goals import OPENAI, SPARSIFY, TORCH
 from benchmarks.on_gpu.inputs import Batch
 from benchmarks.on_gpu.item import (
@@ -23,6 +24,7 @@ from benchmarks.on_gpu.item import (
     Row,
     Subject,
     measure,
+    said,
 )
 from microtome.ops import (
     Code,
@@ -84,8 +86,6 @@ def step(context: Context, name: str, state: str = "float32", kind: str = "bf16"
     shape = inputs.sized(context, name)
     b = inputs.batch(context.device, shape)
     if kind != "bf16":
-        from benchmarks.on_gpu.encode import screen_of
-
         screen_of(b.W_enc[:1], kind)
     ours = OurStep(b, state, kind)
     item = "step" + {"float32": "", "bfloat16": " bf16"}.get(state, f" {state}")
@@ -190,6 +190,14 @@ def dense(b: Batch, dtype: torch.dtype) -> Run:
     return lambda: peer.step(b.x)
 
 
+def stages(context: Context) -> list[Row]:
+    """The kernels of one step, by time."""
+    b = inputs.batch(context.device, inputs.sized(context, "M"))
+    ours = OurStep(b)
+    base = {"part": 3, "item": "step stages", "shape": "M"}
+    return profile(context, base, lambda: ours.step(b.x))
+
+
 def peers_train(context: Context) -> list[Row]:
     """Whether the contenders do the same work: their losses over a few steps, beside torch's."""
     shape = inputs.sized(context, "S")
@@ -207,6 +215,9 @@ def peers_train(context: Context) -> list[Row]:
             losses = [float(loss) for loss in _losses(build(b))]
         except AbsentError as error:
             out.append({**base, "status": "absent", "note": str(error)})
+            continue
+        except Exception as error:  # one contender that breaks does not hide the others
+            out.append({**base, "status": "FAILED", "note": said(error)})
             continue
         off = max(abs(a - p) / abs(p) for a, p in zip(losses, plain, strict=True))
         status = "ok" if off <= 5 * LOSS_TOLERANCE else "WRONG"
@@ -226,6 +237,7 @@ def items() -> list[Item]:
         Item(3, "step", "M", at(step, name="M"), 50, gib=40),
         Item(3, "step", "S", at(step, name="S"), 25, gib=12),
         Item(3, "losses", "S", peers_train, 15, gib=12, compiles=False),
+        Item(3, "step stages", "M", stages, 10, gib=20, compiles=False),
         Item(3, "step", "L", at(step, name="L"), 60, gib=60),
         Item(3, "step fp8 screen", "L", at(step, name="L", kind="fp8"), 30, gib=40),
         Item(3, "step bf16", "M", at(step, name="M", state="bfloat16"), 20, gib=20),

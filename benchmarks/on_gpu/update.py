@@ -13,6 +13,7 @@ from benchmarks.agreement import DisagreementError, within
 from benchmarks.floors import STATES, update_need
 from benchmarks.on_gpu import inputs
 from benchmarks.on_gpu.device import Run
+from benchmarks.on_gpu.encode import profile
 from benchmarks.on_gpu.goals import OPENAI, TORCH
 from benchmarks.on_gpu.inputs import Batch, sample
 from benchmarks.on_gpu.item import (
@@ -156,6 +157,17 @@ def update_subject(
     return Subject(run, check, need, repeat=repeat, backend=backend)
 
 
+def update_stages(context: Context, name: str) -> list[Row]:
+    """The kernels of one update, by time."""
+    out = []
+    for backend in backends_here("sae_update"):
+        b = inputs.batch(context.device, inputs.sized(context, name))
+        run = update_subject(context, b, backend, "float32").run
+        base = {"part": 2, "item": "sae_update stages", "shape": name, "backend": backend}
+        out += profile(context, base, run)
+    return out
+
+
 def dense_latent(context: Context, b: Batch, backend: str, row: Row) -> dict[str, Any]:
     """Time with one latent on every row, over the time without."""
     subject = update_subject(context, b, backend, "float32", dense=True)
@@ -176,8 +188,9 @@ def torch_update(b: Batch, code: Code) -> Run:
         for p in params:
             p.grad = torch.zeros_like(p)
         k = code.indices.shape[1]
-        for rows in torch.arange(x.shape[0], device=x.device).split(1024):
-            here = flat[rows[0] * k : (rows[-1] + 1) * k]
+        for first in range(0, x.shape[0], 1024):
+            rows = slice(first, first + 1024)
+            here = flat[first * k : (first + 1024) * k]
             enc = code.grad_values[rows, :, None] * x[rows, None]
             dec = code.values[rows, :, None] * code.grad_out[rows, None]
             W_enc.grad.index_add_(0, here, enc.flatten(0, 1), alpha=code.scale)
@@ -302,4 +315,12 @@ def items() -> list[Item]:
         if state != "float32":
             go = functools.partial(update, name="M", state=state)
             out.append(Item(2, "sae_update" + named[state], "M", go, 12, gib=12))
+    stages = functools.partial(update_stages, name="M")
+    out.append(Item(2, "sae_update stages", "M", stages, 10, gib=16, compiles=False))
     return out
+
+
+def huge() -> list[Item]:
+    """What only a large card holds: a million features with 8-bit moments."""
+    go = functools.partial(update, name="XL", state="int8")
+    return [Item(2, "sae_update int8", "XL", go, 40, gib=125, compiles=False)]
