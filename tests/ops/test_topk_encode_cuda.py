@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from microtome.kernels import topk_encode_cuda as hopper
 
-from microtome.ops import _topk_encode_cuda as hopper
 from microtome.ops import topk_encode, use_backend
 from microtome.ops.topk_encode import top_k
 from microtome.testing import cuda
@@ -179,9 +179,8 @@ def test_the_answer_from_the_lists_is_the_reference(order):
     W_enc[700:740] = W_enc[100:140]  # ties
     b_enc[700:740] = b_enc[100:140]
     (xb, x_stats), (wb, w_stats) = shadow_rows(x), shadow_rows(W_enc)
-    assert hopper.why_not(xb, wb) is None
     lists = lists_of(torch.empty(n), capacity)
-    hopper.screen(xb, x_stats, wb, w_stats, b_enc, 16, 3, threshold, lists)
+    hopper.screen(xb, x_stats, wb, w_stats, b_enc, 16, 3, lists, threshold)
     with use_backend("reference"):
         values, indices, _ = topk_encode(x, W_enc, b_enc, k=k)
     z = x @ W_enc.T + b_enc
@@ -212,7 +211,7 @@ def test_more_than_32_bits_count_is_refused(call, sizes):
 def test_an_empty_batch_launches_nothing():
     x, W_enc, b_enc = problem(0, 5, 8)
     (x, x_stats), (w, w_stats) = shadow_rows(x), shadow_rows(W_enc)
-    hopper.screen(x, x_stats, w, w_stats, b_enc, 16, 1, threshold, lists_of(torch.empty(0), 5))
+    hopper.screen(x, x_stats, w, w_stats, b_enc, 16, 1, lists_of(torch.empty(0), 5), threshold)
 
 
 def test_a_group_holds_as_many_as_leave_four_maxima_for_each_of_the_rank():
@@ -221,14 +220,9 @@ def test_a_group_holds_as_many_as_leave_four_maxima_for_each_of_the_rank():
     assert hopper.groups_of(3000, 16, 65) == (1, 256)
 
 
-def test_it_says_why_it_cannot_run(monkeypatch):
-    w = torch.zeros(4, 8, dtype=torch.bfloat16)
-    unaligned = torch.zeros(4, 9, dtype=torch.bfloat16)
-    assert hopper.why_not(w, w) is None
-    assert hopper.why_not(unaligned, w) == (
-        "rows must be 16-byte aligned (a d that is a multiple of 8)"
-    )
-    assert hopper.why_not(w[:, :0], w[:, :0]) == "d is 0"
-    monkeypatch.delenv("MICROTOME_EMULATE_CUDA")
-    monkeypatch.setattr(hopper._native, "why_no_cuda", lambda: None)
-    assert hopper.why_not(w, w) == "device is cpu (needs cuda)"
+def test_rows_that_the_copy_engine_cannot_read_are_copied():
+    aligned, unaligned = (torch.ones(4, d, dtype=torch.bfloat16) for d in (8, 9))
+    assert hopper._aligned(aligned) is aligned
+    copy = hopper._aligned(unaligned)
+    assert copy.stride() == (16, 1)
+    assert torch.equal(copy[:, :9], unaligned)

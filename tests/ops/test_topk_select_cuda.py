@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from microtome.kernels import topk_select_cuda as cuda
 from torch import Tensor
 
 from microtome import _native
 from microtome._seed import generator
-from microtome.ops import _topk_select_cuda as cuda
 from microtome.testing import assert_accurate
 from microtome.testing.cuda import EMULATED, ORDERS, set_order
 

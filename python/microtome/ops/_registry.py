@@ -43,11 +43,15 @@ class Backend:
             position.
         why_not: takes the same arguments; None when it can run them, else the reason in a few
             words.
+        on_demand: it runs only where it is demanded: no measurement says yet that it is the faster.
+        calls: other backends whose kernels it launches too.
     """
 
     name: str
     impl: str
     why_not: Callable[..., str | None]
+    on_demand: bool = False
+    calls: tuple[str, ...] = ()
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:
@@ -162,7 +166,8 @@ class Op:
         """
         demanded = demanded_backend()
         for backend in self.backends:
-            if demanded in (None, backend.name) and backend.why_not(*args) is None:
+            wanted = not backend.on_demand if demanded is None else demanded == backend.name
+            if wanted and backend.why_not(*args) is None:
                 return backend
         why = self.explain(*args)
         msg = (
@@ -186,7 +191,8 @@ class Op:
             reason = (
                 known[backend].why_not(*args) if backend in known else "not written for this op"
             )
-            lines.append(f"  {backend}: {reason or 'can run it'}")
+            idle = backend in known and known[backend].on_demand and not demanded_backend()
+            lines.append(f"  {backend}: {reason or 'can run it' + ', if demanded' * idle}")
         return "\n".join(lines)
 
     def _run(self, *args: Any) -> Any:

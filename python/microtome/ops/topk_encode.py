@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op, unavailable, why_not_common
 from microtome.ops.screen_weights import KINDS, Screen, stride
 
 PRECISIONS = ("exact", "fast")
@@ -233,10 +233,27 @@ def _why_not_triton(*args: Tensor | None) -> str | None:
     return why_not_common("triton", args[:4], (torch.float32, torch.bfloat16, torch.float16))
 
 
+def _why_not_cuda(*args: Tensor | None) -> str | None:
+    x = args[0]
+    reason = why_not_common("cuda", args[:4], (torch.float32, torch.bfloat16))
+    if reason or unavailable("triton"):
+        return reason or unavailable("triton")
+    if x is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "the device is not of compute capability 9.0"
+    return "d is 0" if x is not None and x.shape[1] == 0 else None
+
+
 _encode = Op(
     topk_encode_reference,
     fake=_fake,
     backends=(
+        Backend(
+            "cuda",
+            "microtome.kernels.topk_encode_cuda:launch",
+            _why_not_cuda,
+            on_demand=True,
+            calls=("triton",),
+        ),
         Backend("triton", "microtome.kernels.topk_encode:launch", _why_not_triton),
         Backend("cpu", "microtome.ops.topk_encode:_cpu", _why_not_cpu),
     ),

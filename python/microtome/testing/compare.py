@@ -76,10 +76,13 @@ def backends_of(op: _registry.Op) -> list[object]:
     parameters: list[object] = []
     for backend in op.backends:
         reason = _registry.unavailable(backend.name)
-        here = backend.name != "triton" or triton.RUNS
         if backend.name == "cuda" and cuda.EMULATED:
             reason = None
-        marks = [pytest.mark.triton, triton.SILENT] if backend.name == "triton" else []
+        by_triton = "triton" in (backend.name, *backend.calls)
+        here = not by_triton or triton.RUNS
+        if by_triton and not reason:
+            reason = _registry.unavailable("triton")
+        marks = [pytest.mark.triton, triton.SILENT] if by_triton else []
         if reason and (backend.name not in required or not here):
             marks.append(pytest.mark.skip(reason=f"{backend.name}: {reason}"))
         parameters.append(pytest.param(backend.name, marks=marks, id=backend.name))

@@ -1,11 +1,17 @@
-"""The screen of `topk_encode` on Hopper GPUs: prediction and filter by csrc/cuda/topk_encode.cu."""
+"""`topk_encode` on Hopper GPUs: sample and filter by csrc/cuda/topk_encode.cu, the rest by Triton.
 
+The filter has no scores to hand on, so every candidate's value is computed in float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
+from microtome.kernels import topk_encode as encode
+from microtome.kernels import topk_select as select
+from microtome.kernels.bf16 import shadow_rows
 from torch import Tensor
 
 from microtome import _native
@@ -14,38 +20,30 @@ _TILE = 256  # features
 _GROUPS = (16, 4, 1)  # sampled features behind one stored maximum
 
 
-class Lists(Protocol):
-    """Candidates of some rows: the part of kernels/topk_select.py's `Lists` that a screen fills.
-
-    Attributes:
-        theta: [rows] float32 thresholds.
-        count: [rows] int32, zero: features that passed, also those beyond the capacity.
-        index: [rows, capacity] int32: the candidates in no particular order.
-    """
-
-    theta: Tensor
-    count: Tensor
-    index: Tensor
+def launch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
+    precision: str, kind: str, shadow: Tensor | None, stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`topk_encode`, as the Triton kernels answer it: the same bits, other candidates."""
+    given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
+    plan = encode.plan(x.shape[0], W_enc.shape[0], k, _TILE)
+    return encode.run(plan, x, W_enc, b_enc, b_dec, k, given, fill=_fill)
 
 
-def why_not(x_shadow: Tensor, w_shadow: Tensor) -> str | None:
-    """None where these bf16 rows can be screened here, else the reason in a few words.
+def _fill(
+    p: encode.Plan, x: Tensor, b_dec: Tensor | None, w_shadow: Tensor, w_stats: Tensor,
+    b_enc: Tensor | None, lists: select.Lists,
+) -> None:  # fmt: skip
+    x_shadow, x_stats = shadow_rows(x, b_dec)
+    x_shadow, w_shadow = (_aligned(t)[:, : x.shape[1]] for t in (x_shadow, w_shadow))
+    screen(x_shadow, x_stats, w_shadow, w_stats, b_enc, p.stride, p.rank, lists)
 
-    The kernels use instructions of compute capability 9.0 that no other has.
-    """
-    reason = _native.why_no_cuda()
-    if reason:
-        return reason
-    if x_shadow.is_cuda and torch.cuda.get_device_capability(x_shadow.device) != (9, 0):
-        return "the device is not of compute capability 9.0"
-    if not (x_shadow.is_cuda or _native.emulates_cuda()):
-        return f"device is {x_shadow.device.type} (needs cuda)"
-    if x_shadow.shape[1] == 0:
-        return "d is 0"
-    for shadow in (x_shadow, w_shadow):
-        if shadow.data_ptr() % 16 or shadow.stride(0) % 8 or shadow.stride(1) != 1:
-            return "rows must be 16-byte aligned (a d that is a multiple of 8)"
-    return None
+
+def _aligned(shadow: Tensor) -> Tensor:
+    """Rows that begin on 16 bytes, as the copy engine reads them; a copy where they do not."""
+    if shadow.data_ptr() % 16 == 0 and shadow.stride(0) % 8 == 0:
+        return shadow
+    return torch.nn.functional.pad(shadow, (0, -shadow.shape[1] % 8))
 
 
 def groups_of(f: int, stride: int, rank: int) -> tuple[int, int]:
@@ -82,7 +80,12 @@ def sample(
 
 
 def keep(
-    x: Tensor, x_stats: Tensor, w: Tensor, w_stats: Tensor, b_enc: Tensor | None, lists: Lists
+    x: Tensor,
+    x_stats: Tensor,
+    w: Tensor,
+    w_stats: Tensor,
+    b_enc: Tensor | None,
+    lists: select.Lists,
 ) -> None:
     """Append to the lists every feature whose float32 value may reach the row's threshold.
 
@@ -104,12 +107,12 @@ def keep(
 
 def screen(
     x: Tensor, x_stats: Tensor, w: Tensor, w_stats: Tensor, b_enc: Tensor | None, stride: int,
-    rank: int, threshold: Callable[[Tensor, int, Tensor], None], lists: Lists,
+    rank: int, lists: select.Lists,
+    threshold: Callable[[Tensor, int, Tensor], None] = select.threshold,
 ) -> None:  # fmt: skip
     """Predict each row's threshold from a sample, and fill its list.
 
-    Two launches and `threshold`, which writes the rank-th largest of each row's maxima to
-    lists.theta; no host synchronisation, and safe to capture in a CUDA graph.
+    No host synchronisation, and safe to capture in a CUDA graph.
     """
     b_enc = None if b_enc is None else b_enc.float().contiguous()
     group, groups = groups_of(w.shape[0], stride, rank)
