@@ -83,7 +83,10 @@ def test_a_step_is_the_sum_of_its_ops_and_an_op_the_larger_of_its_two_times() ->
 ROW = {
     "part": 2, "item": "topk_encode", "shape": "M", "status": "ok", "backend": "triton",
     "ms": 4.0, "spread": 0.012, "floor_ms": 3.2, "peak_mib": 130.0, "note": "",
-    "beside": {"bf16 product": {"ms": 3.3, "peak_mib": 1.0}, "eai-sparsify": {"note": "not installed"}},
+    "beside": {
+        "bf16 product": {"ms": 3.3, "peak_mib": 1.0},
+        "eai-sparsify": {"note": "not installed"},
+    },
 }  # fmt: skip
 TABLE = """\
 item         shape  backend      ms  +-%  floor  x floor  MiB  beside, goals
