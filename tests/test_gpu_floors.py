@@ -84,7 +84,8 @@ ROW = {
     "part": 2, "item": "topk_encode", "shape": "M", "status": "ok", "backend": "triton",
     "ms": 4.0, "spread": 0.012, "floor_ms": 3.2, "peak_mib": 130.0, "note": "",
     "beside": {
-        "bf16 product": {"ms": 3.3, "peak_mib": 1.0}, "eai-sparsify": {"note": "not installed"},
+        "bf16 product": {"ms": 3.3, "peak_mib": 1.0},
+        "eai-sparsify": {"note": "not installed"},
     },
 }  # fmt: skip
 TABLE = """\
