@@ -146,13 +146,8 @@ def test_an_op_that_is_not_in_the_build_is_absent_by_name() -> None:
 def test_a_backend_that_refuses_inputs_is_absent_with_its_own_reason() -> None:
     msg = (
         "topk_encode: backend 'cuda' was demanded but cannot run here.\n"
-<<<<<<< HEAD
-        "  x: [2, 3] bfloat16 cuda:0\n"
-        "because\n  cuda: dtype bfloat16 (has float32)\n  triton: can run it"
-=======
         "  x: [2, 3] bfloat16 cuda:0\nbecause\n"
         "  cuda: dtype bfloat16 (has float32)\n  triton: can run it"
->>>>>>> bench
     )
 
     def refuses() -> None:
