@@ -1,0 +1,234 @@
+"""What only a device can show: streams, graphs, steps that never wait.
+
+Every op that Triton has is called here on small inputs; on the CPU twice, so that the calls
+themselves are known to run where there is no device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from microtome import SAE, TopK, TrainConfig, ops
+from microtome._seed import generator
+from microtome.ops import ADD, REPLACE
+from microtome.ops._registry import OPS
+from microtome.ops.sae_update import Code, UpdateRule, moments_for
+from microtome.sae.step import FusedStep
+from microtome.testing import ATTENTION_CASES, MLP_CASES, SWAP_CASES, Case
+from microtome.testing.triton import INTERPRETED
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        INTERPRETED or not torch.cuda.is_available(),
+        reason="TRITON_INTERPRET is 1" if INTERPRETED else "no CUDA device",
+    ),
+]
+SIZES = Case("repeat", 300, 128, 4096, 16, "dense")
+REPEATS = {"cpu": 2, "cuda": 20}
+Call = Callable[[], Any]
+
+
+def put(tree: Any, device: str) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(device), tree)
+
+
+def sae(device: str) -> dict[str, Tensor]:
+    return {name: t.contiguous().to(device) for name, t in SIZES.inputs().items()}
+
+
+def update(t: dict[str, Tensor]) -> Any:
+    """One step of Adam on copies of the parameters, from moments that are 0."""
+    params = tuple(t[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    rule = UpdateRule("adam", lr=1e-2)
+    moments = moments_for(params, rule)
+    code = Code(t["indices"].int(), t["values"], t["values"] * 0.5, t["x"], 0.7)
+    fired = ops.sae_update(code, t["x"], params, moments, rule, 1)
+    return fired, params, moments
+
+
+def named(cases: tuple[Any, ...], name: str) -> Any:
+    return next(case for case in cases if case.name == name)
+
+
+def sae_calls(device: str) -> dict[str, Call]:
+    t, at = sae(device), torch.ops.microtome
+    x, W, values, indices = t["x"], t["W_dec"], t["values"], t["indices"]
+    return {
+        "topk_encode": lambda: ops.topk_encode(x, t["W_enc"], t["b_enc"], t["b_dec"], k=16),
+        "sparse_decode": lambda: ops.sparse_decode(values, indices, W, t["b_dec"]),
+        "sparse_decode_grad_values": lambda: at.sparse_decode_grad_values(x, indices, W),
+        "sparse_decode_grad_W_dec": lambda: at.sparse_decode_grad_W_dec(values, indices, x, len(W)),
+        "sae_loss": lambda: ops.sae_loss(x, values, indices, W, t["b_dec"]),
+        "sae_update": lambda: update(t),
+    }
+
+
+def patching_calls(device: str) -> dict[str, Call]:
+    g = generator(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
+    table = [[0, 2, 3, 90, 2, REPLACE], [1, 1, 0, 128, 1, ADD]]
+    patch = {
+        "base": draw(3, 4, 128),
+        "sources": draw(3, 128),
+        "rows": torch.tensor([[2, 1, 4], [1, 0, 4]], dtype=torch.int32, device=device),
+        "table": torch.tensor(table, dtype=torch.int32, device=device),
+        "factors": draw(2),
+        "total": 7,
+    }
+    linear = {
+        "x": draw(70, 128),
+        "x_base": draw(3, 128),
+        "y_base": draw(3, 96),
+        "index": torch.arange(70, device=device) % 3,
+        "packed": ops.pack_weights(torch.randn(96, 128, generator=g), "bf16").to(device),
+        "o": 96,
+    }
+    mixed, swap = named(ATTENTION_CASES, "grouped"), named(SWAP_CASES, "grouped")
+    inputs = put(mixed.inputs(), device)
+    swapped, causal = swap.inputs(), put(swap.causal(swap.inputs()), device)
+    swapped = put(swapped, device)
+
+    def swap_key_attention() -> Tensor:
+        z, lse = ops.cascade_attention(**causal, **swap.options)
+        shape = swapped["q"].shape[:3]
+        base = {"z": z.view(*shape, -1), "lse": lse.view(shape)}
+        return ops.swap_key_attention(**base, **swapped, **swap.options)
+
+    return {
+        "patch_rows": lambda: ops.patch_rows(**patch),
+        "delta_linear": lambda: ops.delta_linear(**linear),
+        "cascade_attention": lambda: ops.cascade_attention(**inputs, **mixed.options),
+        "swap_key_attention": swap_key_attention,
+    }
+
+
+def shapley_calls(device: str) -> dict[str, Call]:
+    g = generator(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
+    ranks = torch.rand(2, 3, 2, 7, generator=g).argsort(-1).argsort(-1).int().to(device)
+    rows = torch.tensor([[1, 0, 3, 2, 5], [0, 1, 0, 0, 7]], dtype=torch.int32, device=device)
+    coalitions = torch.randint(-(2**63), 2**63 - 1, (200, 1), generator=g).to(device)
+    x, background, walks = draw(3, 7), draw(2, 7), draw(3, 2, 3, 2, 15, 2)
+    weights, answers = draw(1, 200).double(), draw(3, 200, 2).double()
+    mlp = put(named(MLP_CASES, "nested").inputs(), device)
+    return {
+        "coalition_inputs": lambda: ops.coalition_inputs(x, background, ranks.view(-1, 7), rows),
+        "shapley_reduce": lambda: ops.shapley_reduce(walks, ranks, True),
+        "coalition_gram": lambda: ops.coalition_gram(coalitions, weights, answers, 30),
+        "mlp_shapley": lambda: ops.mlp_shapley(**mlp),
+        "mlp_shapley in bf16": lambda: ops.mlp_shapley(**mlp, precision="bf16"),
+    }
+
+
+FAMILIES = {
+    name: family for family in (sae_calls, patching_calls, shapley_calls) for name in family("cpu")
+}
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(map(torch.equal, tree_leaves(a), tree_leaves(b)))
+
+
+def test_every_op_of_triton_is_called() -> None:
+    have = {op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)}
+    assert have <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_repeats_give_the_same_bits_on_streams_of_their_own(name: str, device: str) -> None:
+    call = FAMILIES[name](device)[name]
+    first = call()
+    for _ in range(REPEATS[device]):
+        if device == "cpu":
+            again = call()
+        else:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                again = call()
+            torch.cuda.current_stream().wait_stream(stream)
+        assert equal(again, first)
+
+
+@contextmanager
+def waits(mode: str) -> Iterator[None]:
+    """Inside the block a wait for the device is an error, or a warning."""
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The call as a graph, and what a replay writes to. Kernels are compiled before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", ["topk_encode", "sae_loss", "sae_update"])
+def test_a_captured_op_answers_what_lies_in_its_inputs_at_replay(name: str, device: str) -> None:
+    t = sae(device)
+    call = {
+        "topk_encode": lambda: ops.topk_encode(t["x"], t["W_enc"], t["b_enc"], k=16),
+        "sae_loss": lambda: ops.sae_loss(t["x"], t["values"], t["indices"], t["W_dec"]),
+        "sae_update": lambda: update(t),
+    }[name]
+    graph, out = captured(call)
+    for flipped in (False, True):
+        if flipped:
+            t["x"].copy_(t["x"].flip(0) * 1.5)
+        graph.replay()
+        assert equal(out, call())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_the_ops_of_a_step_never_wait_for_the_device(device: str) -> None:
+    t = sae(device)
+    params = tuple(t[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    rule = UpdateRule("adam", lr=1e-3)
+    moments = moments_for(params, rule)
+
+    def step() -> None:
+        values, indices, _ = ops.topk_encode(t["x"], *params[:2], k=16)
+        values = values.relu()
+        _, grad_out, grad_values = ops.sae_loss(t["x"], values, indices, *params[2:])
+        code = Code(indices, values, grad_values, grad_out, 1e-3)
+        ops.sae_update(code, t["x"], params, moments, rule, 1)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    with waits("error"):
+        step()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_a_training_step_waits_once(device: str) -> None:
+    # For the loss, how many latents fire and how many are dead, in one reading.
+    x = sae(device)["x"]
+    model = SAE(d_model=SIZES.d, n_features=SIZES.f, activation=TopK(SIZES.k)).to(device)
+    step = FusedStep(model, TrainConfig(steps=2))
+    step.take(x, 1.0, 1)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen, waits("warn"):
+        warnings.simplefilter("always")
+        step.take(x, 1.0, 2)
+    assert len([w for w in seen if "synchronizing" in str(w.message)]) <= 1
