@@ -41,7 +41,8 @@ def sparse_decode(
     Raises:
         ShapeError: the letters above do not agree.
         DtypeError: values, W_dec and b_dec differ in dtype, or indices are not integers.
-        ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries.
+        ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries
+            (offsets on a GPU are not read back, and entries that are not there count as none).
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in values, W_dec, b_dec, to any order. Deterministic: the same bits for any
