@@ -42,7 +42,8 @@ def sparse_decode(
         ShapeError: the letters above do not agree.
         DtypeError: values, W_dec and b_dec differ in dtype, or indices are not integers.
         ArgumentError: an index lies outside [0, f), or offsets fall or reach beyond the entries. On
-            a GPU a later call raises it.
+            a GPU a later call raises for an index; offsets are not read back there, and entries
+            that are not there count as none.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in values, W_dec, b_dec, to any order. Deterministic: the same bits for any

@@ -68,7 +68,9 @@ def threshold_encode(
         screen: what `screen_weights(W_enc)` returned for these very weights; a bf16 one is used on
             a GPU.
         capacity: entries to make room for, in the code and in the window; without it the sizes
-            follow the data, for which a GPU reads two numbers back to the host.
+            follow the data, for which a GPU reads two numbers back to the host. A graph of
+            torch.compile holds the op whole with a capacity, or without one where
+            torch._dynamo.config.capture_dynamic_output_shape_ops is set.
 
     Returns:
         Thresholded(code, window, candidates); code and window are (values [m] in x's dtype,
