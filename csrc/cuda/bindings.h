@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 
+#include "cuda/coalition_inputs.h"
+#include "cuda/random_ranks.h"
 #include "cuda/sae_update.h"
 #include "cuda/shapley_reduce.h"
 #include "cuda/topk_encode.h"
@@ -52,6 +54,8 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
 inline void bind(pybind11::module_& m) {
     const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def("candidate_values", &candidate_values, nogil);
+    m.def("coalition_inputs", &coalition_inputs, nogil);
+    m.def("random_ranks", &random_ranks, nogil);
     m.def("sae_update", &bind_sae_update, nogil);
     m.def("select_candidates", &select_candidates, nogil);
     m.def("shapley_reduce", &shapley_reduce, nogil);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,27 @@ struct Thread {
     int groups = 0;  // committed
 };
 
+// Of the exact size, so that AddressSanitizer sees what goes past its end.
+class Shared {
+  public:
+    void reset(size_t bytes) {
+        if (!bytes_ || size_ != bytes) {
+            bytes_.reset(static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(kAlignment))));
+            size_ = bytes;
+        }
+        std::fill_n(bytes_.get(), size_, static_cast<unsigned char>(0xFF));
+    }
+    unsigned char* data() const { return bytes_.get(); }
+    size_t size() const { return size_; }
+
+  private:
+    struct Free {
+        void operator()(unsigned char* at) const { ::operator delete(at, std::align_val_t(kAlignment)); }
+    };
+    std::unique_ptr<unsigned char, Free> bytes_;
+    size_t size_ = 0;
+};
+
 struct Barrier {
     int arrived = 0;
     uint64_t phase = 0;
@@ -63,9 +85,8 @@ struct Block {
     Barrier barriers[kBarriers];
     std::vector<Warp> warps;
     std::vector<std::function<void()>> pending;
-    std::vector<unsigned char> shared;
-    std::map<const void*, std::vector<unsigned char>> arrays;  // shared ones, by what names them
-    size_t shared_bytes = 0;
+    Shared shared;
+    std::map<const void*, Shared> arrays;  // shared ones, by what names them
     const std::function<void()>* body = nullptr;
     std::string failure;
     std::mt19937_64 random;
@@ -177,7 +198,6 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
     b.turns.resize(size);
     b.random.seed(seed);
     b.body = &body;
-    b.shared_bytes = shared_bytes;
     for (unsigned i = 0; i < size; ++i) {
         b.threads[i].fiber = &stack_of(i);
         b.threads[i].at = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
@@ -196,8 +216,8 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
             blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                         static_cast<unsigned>(i / grid.x / grid.y)};
             b.alive = static_cast<int>(size);
-            b.shared.assign(shared_bytes + kAlignment, 0xFF);
-            for (auto& [key, array] : b.arrays) std::fill(array.begin(), array.end(), 0xFF);
+            b.shared.reset(shared_bytes);
+            for (auto& [key, array] : b.arrays) array.reset(array.size());
             for (Warp& warp : b.warps) warp = {};
             ++serial;
             for (Barrier& barrier : b.barriers) barrier = {};
@@ -218,18 +238,14 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
     block = outer;
 }
 
-unsigned char* dynamic_shared() {
-    const auto address = reinterpret_cast<uintptr_t>(block->shared.data());
-    return block->shared.data() + (kAlignment - address % kAlignment) % kAlignment;
-}
+unsigned char* dynamic_shared() { return block->shared.data(); }
 
 void* shared_array(const void* key, size_t bytes) {
-    auto& array = block->arrays[key];
-    if (array.empty()) array.assign(bytes + kAlignment, 0xFF);
-    const auto address = reinterpret_cast<uintptr_t>(array.data());
-    return array.data() + (kAlignment - address % kAlignment) % kAlignment;
+    Shared& array = block->arrays[key];
+    if (array.size() == 0) array.reset(bytes);
+    return array.data();
 }
-size_t dynamic_shared_bytes() { return block->shared_bytes; }
+size_t dynamic_shared_bytes() { return block->shared.size(); }
 uint64_t block_serial() { return serial; }
 
 void wait_until(const std::function<bool()>& ready, const char* what) {

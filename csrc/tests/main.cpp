@@ -1,6 +1,7 @@
 // The C++ tests: what Python cannot see, which is every read and write past a buffer (`make sanitize`), and every
 // instruction set in one process. The numbers themselves are tested from Python, in tests/ops.
 #include "check.h"
+#include "tests/hopper_test.h"
 
 namespace microtome::test {
 
@@ -37,7 +38,12 @@ namespace microtome::test {
     X(atomics_lose_nothing_and_come_in_any_order)                 \
     X(a_copy_is_not_seen_before_its_group_is_waited_for)          \
     X(an_exception_in_a_kernel_reaches_the_host)                  \
-    X(a_geometry_that_no_gpu_has_is_refused)
+    X(a_geometry_that_no_gpu_has_is_refused)                      \
+    X(cuda_orders_are_permutations)                               \
+    X(cuda_candidates_are_valued_and_selected)                    \
+    X(cuda_coalitions_are_written)                                \
+    X(cuda_walks_are_reduced)                                     \
+    X(cuda_steps_move_every_parameter)
 
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
@@ -53,6 +59,7 @@ int main() {
     microtome::test::name();
     using namespace microtome::test;
     EACH_TEST(RUN)
+    EACH_HOPPER_TEST(RUN)
     std::printf(failures ? "%d CHECKs failed\n" : "all passed\n", failures);
     return failures != 0;
 }

@@ -27,6 +27,7 @@ from microtome.ops.mlp_shapley import (
 from microtome.ops.pack_weights import pack_weights
 from microtome.ops.packed_linear import packed_linear
 from microtome.ops.patch_rows import ADD, REPLACE, SCALE, ZERO, patch_rows
+from microtome.ops.random_ranks import random_ranks
 from microtome.ops.sae_loss import sae_loss
 from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
@@ -70,6 +71,7 @@ __all__ = [
     "pack_weights",
     "packed_linear",
     "patch_rows",
+    "random_ranks",
     "sae_loss",
     "sae_update",
     "screen_weights",

@@ -93,7 +93,7 @@ def coalition_inputs(
 
 def _checks_itself(x: Tensor) -> bool:
     """Whether the backend to come checks the rows: the reference and the C++ kernel do."""
-    return x.device.type == "cpu" and demanded_backend() != "triton"
+    return x.device.type == "cpu" and demanded_backend() not in ("triton", "cuda")
 
 
 def coalition_inputs_reference(
@@ -193,6 +193,27 @@ def _cpu_inputs(
     return out
 
 
+def _cuda_inputs(
+    x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> Tensor:
+    """csrc/cuda/coalition_inputs.cu: 16 bytes at a time where rows start at multiples of that."""
+    x, background = x.contiguous(), background.contiguous()
+    tables = [_native.saturated(t) for t in (ranks, rows)]
+    player32 = None if player is None else _native.saturated(player)
+    out = torch.empty(rows.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+    with _native.device_of(x):
+        _native.cuda().coalition_inputs(
+            x.itemsize, x.data_ptr(), background.data_ptr(), *(t.data_ptr() for t in tables),
+            _native.address(player32), x.shape[1], ranks.shape[1], rows.shape[0], out.data_ptr(),
+            _native.stream(x),
+        )  # fmt: skip
+    return out
+
+
+def _why_not_cuda(*args: object) -> str | None:
+    return why_not_common("cuda", [a for a in args if isinstance(a, Tensor)], _DTYPES)
+
+
 def _why_not_cpu(*args: object) -> str | None:
     return why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], _DTYPES)
 
@@ -201,6 +222,7 @@ _inputs = Op(
     coalition_inputs_reference,
     fake=_fake,
     backends=[
+        Backend("cuda", f"{__name__}:_cuda_inputs", _why_not_cuda),
         triton_backend("microtome.kernels.coalition_inputs:launch", *_DTYPES),
         Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu),
     ],
