@@ -27,7 +27,10 @@ def launch(
     """`topk_encode`, as the Triton kernels answer it: the same bits, other candidates."""
     given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
     plan = encode.plan(x.shape[0], W_enc.shape[0], k, _TILE)
-    return encode.run(plan, x, W_enc, b_enc, b_dec, k, given, fill=_fill)
+    out: tuple[Tensor, Tensor, Tensor] = encode.run(
+        plan, x, W_enc, b_enc, b_dec, k, given, fill=_fill
+    )
+    return out
 
 
 def _fill(
