@@ -7,16 +7,38 @@ from typing import Any
 
 import triton
 from aot.case import Case, types
-from microtome.kernels import topk_encode, topk_narrow, topk_select
+from microtome.kernels import bf16, topk_encode, topk_narrow, topk_select
 
 n, f, k = 8192, 24576, 32
 FUSED = {"enable_fp_fusion": True}
 SCALARS = {"width": "i32/16", **types("i32", "tiles group_rows groups stride")}
 
+PROGRAMS = "the programs of a launch"
+FEATURES = "a feature, or a tile's first; f < 2^31"
+# Why these products stay below 2^31; tests/ops/test_topk_encode_triton.py checks plans for it.
+NARROW = {
+    "topk_encode: GROUP_ROWS * tiles": PROGRAMS,
+    "topk_encode: tl.program_id(0) // (GROUP_ROWS * tiles) * GROUP_ROWS": PROGRAMS,
+    "topk_encode: row_tile * BM": "a row of a block, whose lists fit the workspace",
+    "topk_narrow: row * 4": "a row of a block, whose lists fit the workspace",
+    "topk_encode: tile * stride * BN": FEATURES,
+    "topk_narrow: at // TILE * stride": FEATURES,
+    "topk_narrow: tile * 2": FEATURES,
+    "topk_narrow: tile * TILE": FEATURES,
+    "topk_narrow: i * groups": "a sampled feature of one row",
+    "lists: capacity * 4": "bytes of one list",
+    "topk_select: BC * tl.num_programs(1)": "at most SPREAD programs a row",
+    "topk_narrow: BC * tl.num_programs(1)": "two programs a row",
+}
+
 
 def cases() -> dict[str, Case]:
     """Every kernel at the tile its host function chooses on the architecture of argv[1]."""
-    return {**products(int(sys.argv[1])), **after()}
+    shadow = {"HAS_SUBTRACT": True, "STORE": True, "BR": 4, "BD": 512}
+    return {
+        **products(int(sys.argv[1])), **after(),
+        "bf16.shadow": Case(bf16._shadow_kernel, shadow, {"shadow": "i16"}, FUSED),
+    }  # fmt: skip
 
 
 def products(arch: int) -> dict[str, Case]:
@@ -43,7 +65,13 @@ def products(arch: int) -> dict[str, Case]:
             ("filter", topk_encode._filter_kernel, leaf),
         ):  # fmt: skip
             out[f"topk_encode.{name}_{BN}"] = Case(
-                kernel, {**constants, **more}, {}, topk_encode.OPTIONS, scalars, needs
+                kernel,
+                {**constants, **more},
+                {},
+                topk_encode.OPTIONS,
+                scalars,
+                needs,
+                narrow=NARROW,
             )
     return out
 
@@ -83,4 +111,7 @@ def after() -> dict[str, Case]:
         "repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, FUSED),
         "repair_pick": (topk_select._repair_pick_kernel, pick, {}, FUSED),
     }  # fmt: skip
-    return {f"topk_encode.{name}": Case(*parts, SCALARS) for name, parts in kernels.items()}
+    return {
+        f"topk_encode.{name}": Case(*parts, SCALARS, narrow=NARROW)
+        for name, parts in kernels.items()
+    }
