@@ -6,12 +6,7 @@
 from __future__ import annotations
 
 from aot.case import Case, types
-from microtome.kernels import (
-    bf16,
-    sae_loss,
-    segments,
-    sparse_decode,
-)
+from microtome.kernels import sae_loss, segments, sparse_decode
 
 n, d, f, k = 8192, 768, 24576, 32
 FUSED = {"enable_fp_fusion": True}
@@ -19,17 +14,6 @@ HALVES = types("bf16", "values W_dec b_dec out grad_out x grad_values")
 
 
 def cases() -> dict[str, Case]:
-    """Every kernel at the tile its host function chooses."""
-    return {**shadow(), **decode()}
-
-
-def shadow() -> dict[str, Case]:
-    """The bf16 rows of `topk_encode`'s screen."""
-    tile = {"HAS_SUBTRACT": True, "STORE": True, "BR": 4, "BD": 512}
-    return {"bf16.shadow": Case(bf16._shadow_kernel, tile, {"shadow": "i16"}, FUSED)}
-
-
-def decode() -> dict[str, Case]:
     """`sparse_decode`, its gradients, and `sae_loss`."""
     BN, BD = segments.tile(n, d, False, sparse_decode.WIDEST)
     BL, wide = segments.tile(f, d, False, sparse_decode.WIDEST, 1024)
