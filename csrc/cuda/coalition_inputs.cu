@@ -22,7 +22,8 @@ struct Tables {
 };
 
 template <class T, int kItems>
-__global__ void __launch_bounds__(256) inputs_kernel(Tables t, const T* x, const T* background, T* out) {
+__global__ void __launch_bounds__(256)
+    inputs_kernel(Tables t, const T* __restrict__ x, const T* __restrict__ background, T* __restrict__ out) {
     using Items = Pack<T, kItems>;
     const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kItems;
     if (column >= t.m) return;

@@ -217,6 +217,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
                         static_cast<unsigned>(i / grid.x / grid.y)};
             b.alive = static_cast<int>(size);
             b.shared.reset(shared_bytes);
+            ++serial;
             for (auto& [key, array] : b.arrays) array.reset(array.size());
             for (Warp& warp : b.warps) warp = {};
             ++serial;
@@ -239,6 +240,8 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
 }
 
 unsigned char* dynamic_shared() { return block->shared.data(); }
+size_t dynamic_shared_bytes() { return block->shared.size(); }
+uint64_t block_serial() { return serial; }
 
 void* shared_array(const void* key, size_t bytes) {
     Shared& array = block->arrays[key];

@@ -36,6 +36,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void set_order(Order order, uint64_t seed);
 
 unsigned char* dynamic_shared();  // 1024-byte aligned
+size_t dynamic_shared_bytes();
+uint64_t block_serial();  // another number for every block that is run
 // The block's array named by `key`, an address; like all shared memory it starts out as 0xFF bytes in every block.
 void* shared_array(const void* key, size_t bytes);
 size_t dynamic_shared_bytes();
