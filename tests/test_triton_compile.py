@@ -150,7 +150,7 @@ def launched() -> set[str]:
                 if jitted:
                     defined.add(f"{path.stem}.{node.name}")
                     calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
-                    called |= {c.id for c in calls if isinstance(c, ast.Name)}
+                    called |= {getattr(c, "id", getattr(c, "attr", "")) for c in calls}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 indexed.add(ast.unparse(node.func.value).rpartition(".")[2])
     return {name for name in defined if (own := name.split(".")[1]) not in called or own in indexed}

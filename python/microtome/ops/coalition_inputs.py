@@ -222,7 +222,7 @@ _inputs = Op(
     coalition_inputs_reference,
     fake=_fake,
     backends=[
-        Backend("cuda", f"{__name__}:_cuda_inputs", _why_not_cuda),
+        Backend("cuda", f"{__name__}:_cuda_inputs", _why_not_cuda, on_demand=True),
         triton_backend("microtome.kernels.coalition_inputs:launch", *_DTYPES),
         Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu),
     ],

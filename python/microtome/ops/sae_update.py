@@ -268,7 +268,12 @@ _update = Op(
     sae_update_reference,
     fake=_fake,
     backends=(
-        Backend("cuda", "microtome.ops._sae_update_cuda:update", _sae_update_cuda.why_not),
+        Backend(
+            "cuda",
+            "microtome.ops._sae_update_cuda:update",
+            _sae_update_cuda.why_not,
+            on_demand=True,
+        ),
         Backend("triton", "microtome.kernels.sae_update:launch", _why_not_triton),
         Backend("cpu", "microtome.ops.sae_update:sae_update_cpu", _why_not_cpu),
     ),

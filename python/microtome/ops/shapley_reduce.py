@@ -165,7 +165,7 @@ _reduce = Op(
     shapley_reduce_reference,
     fake=_fake,
     backends=[
-        Backend("cuda", f"{__name__}:_cuda_reduce", _why_not_cuda),
+        Backend("cuda", f"{__name__}:_cuda_reduce", _why_not_cuda, on_demand=True),
         triton_backend("microtome.kernels.shapley_reduce:launch", *_FLOATS),
         Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu),
     ],
