@@ -220,7 +220,6 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void(
             ++serial;
             for (auto& [key, array] : b.arrays) array.reset(array.size());
             for (Warp& warp : b.warps) warp = {};
-            ++serial;
             for (Barrier& barrier : b.barriers) barrier = {};
             for (unsigned t = 0; t < size; ++t) {
                 b.threads[t].done = false;
@@ -248,8 +247,6 @@ void* shared_array(const void* key, size_t bytes) {
     if (array.size() == 0) array.reset(bytes);
     return array.data();
 }
-size_t dynamic_shared_bytes() { return block->shared.size(); }
-uint64_t block_serial() { return serial; }
 
 void wait_until(const std::function<bool()>& ready, const char* what) {
     if (!ready()) pause(&ready, what);

@@ -40,8 +40,6 @@ size_t dynamic_shared_bytes();
 uint64_t block_serial();  // another number for every block that is run
 // The block's array named by `key`, an address; like all shared memory it starts out as 0xFF bytes in every block.
 void* shared_array(const void* key, size_t bytes);
-size_t dynamic_shared_bytes();
-uint64_t block_serial();  // another number for every block that is run
 
 // Let others run until `ready` holds. It is asked between turns and must not change anything.
 void wait_until(const std::function<bool()>& ready, const char* what);
