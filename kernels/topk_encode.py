@@ -221,12 +221,13 @@ def features_of_a_tile(x: Tensor) -> int:
 def run(
     p: Plan, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
     screen: tuple[Tensor, Tensor] | None = None, tma: bool | None = None,
-    fill: Fill | None = None,
+    fill: Fill | None = None, choose: select.Choose | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch` cut up as `p` says; the answer is the same for every plan.
 
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
-    fill: fills the lists of some rows in place of the kernels here, without scores.
+    fill, choose: fill the lists of some rows, without scores, and choose the best of them, in place
+    of the kernels here.
     """
     n, f = x.shape[0], W_enc.shape[0]
     values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int32, device=x.device)
@@ -250,6 +251,7 @@ def run(
             select.answer(
                 lists, x[rows], W_enc, b_enc, b_dec, k, p.slots, values[rows], indices[rows],
                 candidates[rows], valued=shadow is not None and fill is None,
+                choose=choose,
             )  # fmt: skip
     if x.is_cuda:
         _look(x, W_enc, b_enc, b_dec, None if shadow is None else shadow[1][:, 1])

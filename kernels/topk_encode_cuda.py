@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from microtome.kernels import topk_encode as encode
 from microtome.kernels import topk_select as select
+from microtome.kernels import topk_select_cuda as cuda_select
 from microtome.kernels.bf16 import shadow_rows
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def launch(
     given = (shadow, stats) if kind == "bf16" and shadow is not None and stats is not None else None
     plan = encode.plan(x.shape[0], W_enc.shape[0], k, _TILE)
     out: tuple[Tensor, Tensor, Tensor] = encode.run(
-        plan, x, W_enc, b_enc, b_dec, k, given, fill=_fill
+        plan, x, W_enc, b_enc, b_dec, k, given, fill=_fill, choose=cuda_select.select
     )
     return out
 

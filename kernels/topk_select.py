@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -315,29 +317,46 @@ def value(
     )  # fmt: skip
 
 
+# Lists, k, f, values, indices, candidates, listed.
+Choose = Callable[[Lists, int, int, Tensor, Tensor, Tensor, bool], None]
+
+
+def best(
+    lists: Lists, k: int, f: int, values: Tensor, indices: Tensor, candidates: Tensor,
+    listed: bool,
+) -> None:  # fmt: skip
+    """Write the k best of every row and note which rows fell short; or, of rows that were noted and
+    repaired, the k best (listed)."""
+    rows, capacity = lists.index.shape
+    BN, _ = tile(values)
+    _select_kernel[(triton.cdiv(rows, BN),)](
+        lists.theta, lists.count, lists.index, lists.value, lists.failed, lists.failures,
+        values, indices, candidates, rows, k, f, capacity, LISTED=listed, BN=BN, BC=BLOCK,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
 def answer(
     lists: Lists, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
     slots: int, values: Tensor, indices: Tensor, candidates: Tensor, valued: bool = False,
+    choose: Choose | None = None,
 ) -> None:  # fmt: skip
     """Compute the listed features, write the k best of every row, repair rows whose list fell
     short.
 
-    valued: the lists hold their values already.
+    valued: the lists hold their values already. choose: does what `best` does in its place.
     """
+    choose = best if choose is None else choose
     (rows, d), f = x.shape, W_enc.shape[0]
     capacity = lists.index.shape[1]
     everything = capacity == f
-    BN, BC = tile(x)
+    BC = tile(x)[1]
     if everything:
         lists.count.fill_(f)
     if everything or not valued:
         value(lists, x, W_enc, b_enc, b_dec, lists.count, everything)
-    chosen = (
-        lists.theta, lists.count, lists.index, lists.value, lists.failed, lists.failures,
-        values, indices, candidates, rows, k, f, capacity,
-    )  # fmt: skip
-    blocks = triton.cdiv(rows, BN)
-    _select_kernel[(blocks,)](*chosen, LISTED=False, BN=BN, BC=BLOCK, enable_fp_fusion=True)
+    answer = (values, indices, candidates)
+    choose(lists, k, f, *answer, False)
     if everything:
         return
     BF = BC if x.is_cuda else 512
@@ -350,4 +369,4 @@ def answer(
         *repair, lists.count, lists.index, lists.value, f, d, k, capacity, slots,
         BC=BF, BF=SCAN, **has,
     )  # fmt: skip
-    _select_kernel[(blocks,)](*chosen, LISTED=True, BN=BN, BC=BLOCK, enable_fp_fusion=True)
+    choose(lists, k, f, *answer, True)

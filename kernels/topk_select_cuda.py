@@ -59,7 +59,7 @@ def fill_values(
 
 def select(
     lists: Lists, k: int, f: int, values: Tensor, indices: Tensor, candidates: Tensor,
-    *, listed: bool = False,
+    listed: bool = False,
 ) -> None:  # fmt: skip
     """Write the k best candidates of every row and list the rows whose candidates fell short.
 

@@ -1,4 +1,5 @@
-// A block per row: keys of 64 bits, the k-th found digit by digit, the k winners sorted in shared memory.
+// A block per row, its answer that of kernels/topk_select.py. Keys of 64 bits, the k-th found digit by digit, the k
+// winners sorted in shared memory.
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -134,7 +135,18 @@ __global__ void __launch_bounds__(512)
     }
     const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int passed = c.count[place];
-    const int m = static_cast<int>(passed < c.capacity ? passed : c.capacity);
+    const int m = static_cast<int>(passed <= c.capacity ? passed : 0);  // a list that overflowed has no values
+    MICROTOME_SHARED(int, tally, 2);                                    // values above -inf, NaN or inf
+    if (me < 2) tally[me] = 0;
+    __syncthreads();
+    int computed = 0, wrong = me == 0 && !(c.theta[place] == c.theta[place]);
+    for (int i = me; i < m; i += threads) {
+        const float value = c.value[place * c.capacity + i];
+        computed += value > __uint_as_float(0xFF800000u);
+        wrong |= !(value < __uint_as_float(0x7F800000u));
+    }
+    if (computed > 0) atomicAdd(&tally[0], computed);
+    if (wrong) atomicAdd(&tally[1], 1);
     Row row{c.value + place * c.capacity, c.index + place * c.capacity, nullptr, m};
     int size = 1;
     if (m <= room) {
@@ -154,14 +166,16 @@ __global__ void __launch_bounds__(512)
     __syncthreads();
     sort_keys(best, size);
     __syncthreads();
+    const bool bad = tally[1] > 0;
     for (int i = me; i < k; i += threads) {
         const int64_t at = place * k + i;
-        values[at] = narrow<T>(i < m ? value_of(best[i]) : __uint_as_float(0xFF800000u));
-        indices[at] = i < m ? index_of(best[i]) : -1;
+        const float value = i < m ? value_of(best[i]) : __uint_as_float(0xFF800000u);
+        values[at] = narrow<T>(bad ? __uint_as_float(0x7FC00000u) : value);
+        indices[at] = bad ? i : i < m ? index_of(best[i]) : -1;
     }
     if (me == 0) {
-        candidates[place] = listed ? f : passed;
-        if (!listed && (m < k || !(value_of(best[k - 1]) >= c.theta[place]) || passed > c.capacity)) {
+        candidates[place] = listed || bad ? f : tally[0];
+        if (!listed && !bad && (m < k || !(value_of(best[k - 1]) >= c.theta[place]) || passed > c.capacity)) {
             c.failed[atomicAdd(c.failures, 1)] = static_cast<int32_t>(place);
         }
     }

@@ -77,12 +77,12 @@ def best(row: list[tuple[float, int]], k: int) -> list[tuple[float, int]]:
 
 
 def test_the_order_is_the_one_worked_by_hand() -> None:
-    row = [(1.0, 7), (2.0, 9), (1.0, 3), (0.0, 5), (-0.0, 4), (-INF, 0), (INF, 2**31 - 2)]
+    row = [(1.0, 7), (2.0, 9), (1.0, 3), (0.0, 5), (-0.0, 4), (-INF, 0), (3.0, 2**31 - 2)]
     values, indices, candidates, failed = selected(lists_of([row], 16), 7)
-    assert values.tolist() == [[INF, 2.0, 1.0, 1.0, 0.0, 0.0, -INF]]
+    assert values.tolist() == [[3.0, 2.0, 1.0, 1.0, 0.0, 0.0, -INF]]
     assert values[0].signbit().tolist() == [False] * 4 + [True, False, True]
     assert indices.tolist() == [[2**31 - 2, 9, 3, 7, 4, 5, 0]]
-    assert candidates.tolist() == [7]
+    assert candidates.tolist() == [6]  # -inf stands for what was not computed
     assert failed == []
 
 
@@ -129,7 +129,7 @@ def test_rows_that_fell_short_are_listed_and_their_gaps_marked() -> None:
     rows = [full, [], full[:2], full[:4], [*full, (9.0, 9), (8.0, 8), (7.0, 7)]]
     values, indices, candidates, failed = selected(lists_of(rows, 8), 3)
     assert failed == [1, 2, 4]  # none, too few, more than the list holds
-    assert candidates.tolist() == [6, 0, 2, 4, 9]
+    assert candidates.tolist() == [6, 0, 2, 4, 0]  # a list that overflowed has no values
     assert values.tolist()[:4] == [[5, 4, 3], [-INF] * 3, [1, 0, -INF], [3, 2, 1]]
     assert indices.tolist()[:4] == [[5, 4, 3], [-1] * 3, [1, 0, -1], [3, 2, 1]]
 
@@ -138,7 +138,18 @@ def test_a_row_needs_k_candidates_at_the_threshold_or_above() -> None:
     rows = [[(3.0, 1), (2.0, 2), (1.0, 3)], [(3.0, 1), (1.5, 2), (1.0, 3)]]
     assert selected(lists_of(rows, 4, theta=2.0), 2)[3] == [1]
     assert selected(lists_of(rows, 4, theta=1.5), 2)[3] == []
-    assert selected(lists_of(rows, 4, theta=torch.nan), 2)[3] == [0, 1]
+
+
+def test_a_row_that_is_not_finite_is_answered_with_nan_and_not_repaired() -> None:
+    sound = [(3.0, 1), (2.0, 2), (1.0, 3)]
+    lists = lists_of([sound, [*sound, (torch.nan, 4)], [(INF, 0), *sound], sound], 4)
+    lists.theta[3] = torch.nan
+    values, indices, candidates, failed = selected(lists, 2)
+    assert values[0].tolist() == [3, 2]
+    assert values[1:].isnan().all()
+    assert indices.tolist() == [[1, 2]] + [[0, 1]] * 3
+    assert candidates.tolist() == [3] + [10**6] * 3
+    assert failed == []
 
 
 def test_only_listed_rows_are_answered_after_a_repair() -> None:
