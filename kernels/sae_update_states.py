@@ -187,7 +187,8 @@ def moved(
     START: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """p [BL, BD] after the step; its moments are stored."""
-    p, m, v = moved_by(p, g, m, v, rule, OPTIMIZER, MOMENTUM, False)
+    # The short ones' many results at once would not fit in the registers that a wide row leaves.
+    p, m, v = moved_by(p, g, m, v, rule, OPTIMIZER, MOMENTUM, BD > 2048)
     random = 0
     if STATE != "float32":
         random = words(key, row, START + tl.arange(0, BD))
