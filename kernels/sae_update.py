@@ -13,16 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from microtome.kernels.bf16 import norm_above, round_to_bf16
+from microtome.kernels.bf16 import norm_above
 from microtome.kernels.sae_update_entries import sort_entries
-from microtome.kernels.sae_update_states import BLOCK, columns, moments, moved, moved_by
-from microtome.kernels.segments import (
-    CHUNK,
-    add_entries,
-    add_partials,
-    add_wide_entries,
-    partial_sums,
-)
+from microtome.kernels.sae_update_rows import dot, gradient, plus, rows_at, shadowed, start
+from microtome.kernels.sae_update_states import BLOCK, moments, moved, moved_by
+from microtome.kernels.segments import CHUNK, partial_sums
 from torch import Tensor
 
 from microtome import _check
@@ -32,79 +27,9 @@ from microtome._seed import step_key
 # At most. Each program sums its latents' share of b_dec's gradient, so the number must not vary by
 # machine.
 PROGRAMS = 2048
+# At most 128 registers a thread, so that two programs of eight warps fit on a multiprocessor.
+OPTIONS = {"maxnreg": 128, "enable_fp_fusion": True}
 SCALARS = ["key"]  # changes every step: not to be compiled for
-
-
-@triton.jit
-def _gradient(
-    partial, weight, source, table, aux, begin, end, n, d,
-    TABLES: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
-    BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """The sum of each latent's entries, [BL, BD] and [BL, BT]."""
-    column = tl.arange(0, BD)
-    acc = tl.zeros((BL, BD), tl.float32)
-    acc, rest = add_partials(acc, partial, begin, end, column, d, CHUNK)
-    tail, beyond = acc, column
-    if BT > 0:
-        beyond = BD + tl.arange(0, BT)
-        tail = tl.zeros((BL, BT), tl.float32)
-        tail, rest = add_partials(tail, partial, begin, end, beyond, d, CHUNK)
-    TOGETHER: tl.constexpr = BD <= 4096
-    acc, tail = add_wide_entries(acc, tail, weight, source, table, aux, rest, end, column, beyond,
-                                 n, d, TABLES, FLIGHT, BT > 0 and TOGETHER)  # fmt: skip
-    if BT > 0 and not TOGETHER:
-        tail = add_entries(tail, weight, source, table, aux, rest, end, beyond, n, d, TABLES,
-                           FLIGHT)  # fmt: skip
-    return acc, tail
-
-
-@triton.jit
-def _columns(at, row, live, d, width, START: tl.constexpr, BD: tl.constexpr):
-    """Pointers to rows [BL] of `width` numbers, and the mask of the first d, from column START."""
-    column = columns(START, BD)
-    return at + row[:, None] * width + column[None, :], live[:, None] & (column < d)[None, :]
-
-
-@triton.jit
-def _start(centre, program, d, HELD: tl.constexpr, START: tl.constexpr, BD: tl.constexpr):
-    """Zero a program's row of centre where it is the sum."""
-    if not HELD:
-        column = columns(START, BD)[None, :]
-        tl.store(centre + program * d + column, tl.zeros((1, BD), tl.float32), mask=column < d)
-
-
-@triton.jit
-def _plus(
-    total, more, centre, program, d, HELD: tl.constexpr, START: tl.constexpr, BD: tl.constexpr
-):
-    """total + more; where it is not HELD in registers, as wide rows are not, in centre's row."""
-    if HELD:
-        return total + more
-    column = columns(START, BD)[None, :]
-    at = centre + program * d + column
-    tl.store(at, tl.load(at, mask=column < d, other=0.0) + more, mask=column < d)
-    return total
-
-
-@triton.jit
-def _dot(a, b, tail_a, tail_b, BT: tl.constexpr):
-    """Products of rows [BL] over both tiles; with two tiles there is one row."""
-    if BT > 0:
-        # By way of a scalar, which suits the layout of either tile: [1] would not, and a tile
-        # would go through shared memory.
-        return tl.zeros((1,), tl.float32) + (tl.sum(a * b) + tl.sum(tail_a * tail_b))
-    return tl.sum(a * b, 1)
-
-
-@triton.jit
-def _shadowed(shadow, p, row, live, mask, d, shadow_stride, START: tl.constexpr, BD: tl.constexpr):
-    """Store rows [BL, BD] as bf16; the rows, zero where masked, and what rounding lost of them."""
-    p = tl.where(mask, p, 0.0)
-    bits, rounded = round_to_bf16(p)
-    at, mask = _columns(shadow, row, live, d, shadow_stride, START, BD)
-    tl.store(at, bits, mask=mask)
-    return p, p - rounded
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -114,20 +39,20 @@ def _encoder_kernel(
     n, f, d, turns, shadow_stride, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    CENTER: tl.constexpr, SHADOW: tl.constexpr, EARLY: tl.constexpr, FLIGHT: tl.constexpr,
-    CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    CENTER: tl.constexpr, SHADOW: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
+    BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
     of_bias = (lr, beta1, rest1, beta2, rest2, eps, 0.0, 1.0, correction)
-    HELD: tl.constexpr = BL > 1 or BD <= 4096
+    HELD: tl.constexpr = BL > 1 or BD <= 2048
     sum_centre = tl.zeros((BL, BD if HELD else 1), tl.float32)
     if BT > 0:
         sum_tail = tl.zeros((BL, BT if HELD else 1), tl.float32)
     if CENTER:
-        _start(centre, program, d, HELD, 0, BD)
+        start(centre, program, d, HELD, 0, BD)
         if BT > 0:
-            _start(centre, program, d, HELD, BD, BT)
+            start(centre, program, d, HELD, BD, BT)
     for turn in range(0, turns):
         row = (program * turns + turn) * BL + tl.arange(0, BL)
         live = row < f
@@ -153,48 +78,37 @@ def _encoder_kernel(
             change = live
             some = True
         if some:
-            at, mask = _columns(W_enc, row, change, d, d, 0, BD)
-            if BT > 0:
-                at_, mask_ = _columns(W_enc, row, change, d, d, BD, BT)
-            if EARLY:
-                p = tl.load(at, mask=mask, other=0.0)
-                m, v = moments(m_W, v_W, p, row, change, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
-                               STATE, 0, BD)  # fmt: skip
-                if BT > 0:
-                    p_ = tl.load(at_, mask=mask_, other=0.0)
-                    m_, v_ = moments(m_W, v_W, p_, row, change, mask_, d, row_bytes, OPTIMIZER,
-                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
-            g, g_ = _gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT,
-                              CHUNK, BL, BD, BT)  # fmt: skip
-            if not EARLY:
-                p = tl.load(at, mask=mask, other=0.0)
-                m, v = moments(m_W, v_W, p, row, change, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
-                               STATE, 0, BD)  # fmt: skip
+            g, g_ = gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT, CHUNK,
+                             BL, BD, BT)  # fmt: skip
+            at, mask = rows_at(W_enc, row, change, d, d, 0, BD)
+            p = tl.load(at, mask=mask, other=0.0)
             if CENTER:
-                sum_centre = _plus(sum_centre, db[:, None] * p, centre, program, d, HELD, 0, BD)
+                sum_centre = plus(sum_centre, db[:, None] * p, centre, program, d, HELD, 0, BD)
+            m, v = moments(m_W, v_W, p, row, change, mask, d, row_bytes, OPTIMIZER, MOMENTUM, STATE,
+                           0, BD)  # fmt: skip
             p = moved(p, m, v, g, m_W, v_W, row, change, mask, d, row_bytes, key, rule, OPTIMIZER,
                       MOMENTUM, STATE, 0, BD)  # fmt: skip
             tl.store(at, p, mask=mask)
             if SHADOW:
-                p, lost = _shadowed(shadow, p, row, change, mask, d, shadow_stride, 0, BD)
+                p, lost = shadowed(shadow, p, row, change, mask, d, shadow_stride, 0, BD)
             if BT > 0:
-                if not EARLY:
-                    p_ = tl.load(at_, mask=mask_, other=0.0)
-                    m_, v_ = moments(m_W, v_W, p_, row, change, mask_, d, row_bytes, OPTIMIZER,
-                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+                at_, mask_ = rows_at(W_enc, row, change, d, d, BD, BT)
+                p_ = tl.load(at_, mask=mask_, other=0.0)
                 if CENTER:
-                    sum_tail = _plus(sum_tail, db[:, None] * p_, centre, program, d, HELD, BD, BT)
+                    sum_tail = plus(sum_tail, db[:, None] * p_, centre, program, d, HELD, BD, BT)
+                m_, v_ = moments(m_W, v_W, p_, row, change, mask_, d, row_bytes, OPTIMIZER,
+                                 MOMENTUM, STATE, BD, BT)  # fmt: skip
                 p_ = moved(p_, m_, v_, g_, m_W, v_W, row, change, mask_, d, row_bytes, key, rule,
                            OPTIMIZER, MOMENTUM, STATE, BD, BT)  # fmt: skip
                 tl.store(at_, p_, mask=mask_)
             if SHADOW:
                 tail, lost_ = p, lost
                 if BT > 0:
-                    tail, lost_ = _shadowed(
+                    tail, lost_ = shadowed(
                         shadow, p_, row, change, mask_, d, shadow_stride, BD, BT)  # fmt: skip
-                squares = _dot(p, p, tail, tail, BT)
+                squares = dot(p, p, tail, tail, BT)
                 tl.store(stats + row * 4 + 1, norm_above(squares, d), mask=change)
-                squares = _dot(lost, lost, lost_, lost_, BT)
+                squares = dot(lost, lost, lost_, lost_, BT)
                 tl.store(stats + row * 4 + 2, norm_above(squares, d), mask=change)
             b = tl.load(b_enc + row, mask=change, other=0.0)
             mb = tl.load(m_b + row, mask=change & MOMENTUM, other=0.0)
@@ -217,11 +131,12 @@ def _decoder_kernel(
     n, f, d, turns, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, EARLY: tl.constexpr,
-    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, FLIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
+    SOON: tl.constexpr = BD <= 4096  # there are registers for it
     for turn in range(0, turns):
         row = (program * turns + turn) * BL + tl.arange(0, BL)
         live = row < f
@@ -233,46 +148,38 @@ def _decoder_kernel(
         else:
             some = True
         if some:
-            at, mask = _columns(W_dec, row, live, d, d, 0, BD)
+            g, g_ = gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
+                             TABLES, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
+            at, mask = rows_at(W_dec, row, live, d, d, 0, BD)
+            p = tl.load(at, mask=mask, other=0.0)
             if BT > 0:
-                at_, mask_ = _columns(W_dec, row, live, d, d, BD, BT)
-            if EARLY:
-                p = tl.load(at, mask=mask, other=0.0)
+                at_, mask_ = rows_at(W_dec, row, live, d, d, BD, BT)
+                p_ = tl.load(at_, mask=mask_, other=0.0)
+            if SOON:  # before the sums over the row, which wait for all of it
                 m, v = moments(m_W, v_W, p, row, live, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
                                STATE, 0, BD)  # fmt: skip
-                if BT > 0:
-                    p_ = tl.load(at_, mask=mask_, other=0.0)
-                    m_, v_ = moments(m_W, v_W, p_, row, live, mask_, d, row_bytes, OPTIMIZER,
-                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
-            g, g_ = _gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
-                              TABLES, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
-            if not EARLY:
-                p = tl.load(at, mask=mask, other=0.0)
-                if BT > 0:
-                    p_ = tl.load(at_, mask=mask_, other=0.0)
             if BT == 0:
                 p_ = p
             if PROJECT:
-                along = _dot(g, p, g_, p_, BT) / tl.maximum(_dot(p, p, p_, p_, BT), 1e-30)
+                along = dot(g, p, g_, p_, BT) / tl.maximum(dot(p, p, p_, p_, BT), 1e-30)
                 g -= along[:, None] * p
                 if BT > 0:
                     g_ -= along[:, None] * p_
-            if not EARLY:
+            if not SOON:
                 m, v = moments(m_W, v_W, p, row, live, mask, d, row_bytes, OPTIMIZER, MOMENTUM,
                                STATE, 0, BD)  # fmt: skip
             p = moved(p, m, v, g, m_W, v_W, row, live, mask, d, row_bytes, key, rule, OPTIMIZER,
                       MOMENTUM, STATE, 0, BD)  # fmt: skip
             if BT > 0:
-                if not EARLY:
-                    m_, v_ = moments(m_W, v_W, p_, row, live, mask_, d, row_bytes, OPTIMIZER,
-                                     MOMENTUM, STATE, BD, BT)  # fmt: skip
+                m_, v_ = moments(m_W, v_W, p_, row, live, mask_, d, row_bytes, OPTIMIZER, MOMENTUM,
+                                 STATE, BD, BT)  # fmt: skip
                 p_ = moved(p_, m_, v_, g_, m_W, v_W, row, live, mask_, d, row_bytes, key, rule,
                            OPTIMIZER, MOMENTUM, STATE, BD, BT)  # fmt: skip
             if RENORM:
                 p = tl.where(mask, p, 0.0)
                 if BT > 0:
                     p_ = tl.where(mask_, p_, 0.0)
-                length = tl.maximum(tl.sqrt_rn(_dot(p, p, p_, p_, BT)), 1e-30)
+                length = tl.maximum(tl.sqrt_rn(dot(p, p, p_, p_, BT)), 1e-30)
                 inverse = tl.div_rn(tl.full((BL,), 1.0, tl.float32), length)
                 p = p * inverse[:, None]
                 if BT > 0:
@@ -319,7 +226,6 @@ class Geometry(NamedTuple):
         BT: columns of its second tile, or 0.
         warps: of a program.
         FLIGHT: rows asked for at once.
-        EARLY: whether a row's moments are asked for before its gradient is summed.
     """
 
     programs: int
@@ -329,7 +235,6 @@ class Geometry(NamedTuple):
     BT: int
     warps: int
     FLIGHT: int
-    EARLY: bool
 
 
 def geometry(f: int, d: int, interpreted: bool) -> Geometry:
@@ -348,9 +253,9 @@ def geometry(f: int, d: int, interpreted: bool) -> Geometry:
     BL = 1 if BT else min(triton.next_power_of_2(max(f, 1)), room)
     blocks = triton.cdiv(f, BL)
     turns = triton.cdiv(blocks, PROGRAMS)
-    warps = min(max(BL * BD // 256, 4), 16)
+    warps = min(max(BL * BD // 256, 4), 8 if BD <= 4096 else 16)
     FLIGHT = 4 if BD <= 2048 else 2 if BD <= 4096 else 1
-    return Geometry(triton.cdiv(blocks, turns), turns, BL, BD, BT, warps, FLIGHT, BD <= 2048)
+    return Geometry(triton.cdiv(blocks, turns), turns, BL, BD, BT, warps, FLIGHT)
 
 
 def launch(
@@ -391,14 +296,13 @@ def launch(
     )
     refresh = shadow is not None and stats is not None and kind == "bf16"
     tiles = {
-        "EARLY": g.EARLY,
         "FLIGHT": g.FLIGHT,
         "CHUNK": CHUNK,
         "BL": g.BL,
         "BD": g.BD,
         "BT": g.BT,
     }
-    options = {"num_warps": g.warps, "enable_fp_fusion": True}
+    options = {"num_warps": g.warps, **OPTIONS}
     with torch.cuda.device_of(x):
         e = sort_entries(
             indices, values, grad_values, scale, aux_indices, aux_values, aux_grad_values,

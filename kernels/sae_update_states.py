@@ -134,11 +134,16 @@ def write(
 
 
 @triton.jit
-def moved_by(p, g, m, v, rule, OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr):
+def moved_by(
+    p, g, m, v, rule,
+    OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDED: tl.constexpr = True,
+):  # fmt: skip
     """p, m and v after one step with gradient g.
 
     lr holds Adam's 1 / (1 - beta1^t), correction is 1 / sqrt(1 - beta2^t), rest is 1 - beta, shrink
-    1 - lr * decoupled decay.
+    1 - lr * decoupled decay. Not ROUNDED, Adam's root and quotient are the processor's short ones,
+    good to three units in the last place of what p moves by: for weights, which are large beside
+    it.
     """
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction = rule
     g = g + decay * p
@@ -146,7 +151,10 @@ def moved_by(p, g, m, v, rule, OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr):
     if OPTIMIZER == "adam":
         m = m + rest1 * (g - m)
         v = beta2 * v + rest2 * (g * g)
-        p = p - lr * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
+        if ROUNDED:
+            p = p - lr * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
+        else:
+            p = p - lr * (m / (tl.sqrt(v) * correction + eps))
     else:
         if MOMENTUM:
             m = beta1 * m + (rest1 * g if OPTIMIZER == "signsgd" else g)
@@ -179,7 +187,8 @@ def moved(
     START: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """p [BL, BD] after the step; its moments are stored."""
-    p, m, v = moved_by(p, g, m, v, rule, OPTIMIZER, MOMENTUM)
+    # The short ones' many results at once would not fit in the registers that a wide row leaves.
+    p, m, v = moved_by(p, g, m, v, rule, OPTIMIZER, MOMENTUM, BD > 2048)
     random = 0
     if STATE != "float32":
         random = words(key, row, START + tl.arange(0, BD))

@@ -31,12 +31,11 @@ def cases() -> dict[str, Case]:
         (768, ("float32", "int8"), False),
         (2304, ("float32", "bfloat16", "int8"), False),
         (4096, ("float32", "int8"), True),
-        (16384, ("float32",), False),
+        (8192, ("float32",), False),
     ):
         g = sae_update.geometry(f, d, False)
-        tiles = {"EARLY": g.EARLY, "FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL,
-                 "BD": g.BD, "BT": g.BT}  # fmt: skip
-        options = {**FUSED, "num_warps": g.warps}
+        tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+        options = {**sae_update.OPTIONS, "num_warps": g.warps}
         for state in states:
             both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse}
             pointers = {**types(STORED[state], "m_W v_W"), "flags": "i8", "shadow": "i16",

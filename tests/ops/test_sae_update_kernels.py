@@ -102,6 +102,14 @@ def stepped(backend: str, state: str, rule: UpdateRule, d: int) -> list[Tensor]:
 )
 @pytest.mark.parametrize("state", states.STATES)
 def test_two_steps_are_the_references(rule: UpdateRule, d: int, state: str) -> None:
+    compare(rule, d, state)
+
+
+def test_rows_too_wide_for_sums_in_registers_are_the_references_too() -> None:
+    compare(UpdateRule("adam", lr=0.01), 8300, "float32")
+
+
+def compare(rule: UpdateRule, d: int, state: str) -> None:
     got, wanted = (stepped(backend, state, rule, d) for backend in ("triton", "reference"))
     for i, (ours, right) in enumerate(zip(got, wanted, strict=True)):
         if state == "float32" or i < 4 or ours.dim() == 1:

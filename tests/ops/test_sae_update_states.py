@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from microtome._seed import generator, mix32, step_key
+from microtome.errors import BackendError
 from microtome.ops import Code, UpdateRule, moments_for, sae_update, use_backend
 from microtome.ops import _sae_update_states as states
 from microtome.ops.sae_update import OPTIMIZERS
@@ -203,6 +204,28 @@ def test_momentless_rules_and_float64_take_every_state(state: str) -> None:
     assert moments[2] is not None
     assert bool((moments[0] != 0).any())
     assert moments[2].dtype == torch.float64
+
+
+@BOTH
+def test_opcheck(state: str) -> None:
+    rule = UpdateRule()
+    params = (torch.ones(4, 20), torch.ones(4), torch.ones(4, 20), torch.ones(20))
+    entries = (torch.tensor([[0], [3]]), *(torch.ones(2, w) for w in (1, 1, 20)), 0.5)
+    arguments = (
+        *entries, None, None, None, None, 0.0, torch.ones(2, 20), *params,
+        *moments_for(params, rule, state), "", None, None,
+        "adam", 0.1, 0.9, 0.999, 1e-8, 0.0, 1, False, True, True, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.microtome.sae_update.default, arguments)
+
+
+def test_a_backend_without_a_state_says_so_and_the_reference_takes_it() -> None:
+    params = (torch.ones(4, 20), torch.ones(4), torch.ones(4, 20), torch.ones(20))
+    code = Code(torch.tensor([[0]]), *(torch.ones(1, w) for w in (1, 1, 20)))
+    moments = moments_for(params, UpdateRule(), "int8")
+    with use_backend("cpu"), pytest.raises(BackendError, match=r"cpu: moments in int8 \(has float"):
+        sae_update(code, torch.ones(1, 20), params, moments, UpdateRule(), 1)
+    sae_update(code, torch.ones(1, 20), params, moments, UpdateRule(), 1)
 
 
 def test_states_take_the_bytes_they_promise() -> None:
