@@ -9,6 +9,15 @@ f, FUSED = 65536, {"enable_fp_fusion": True}
 STORED = {"float32": "fp32", "bfloat16": "i16", "int8": "i8"}
 RULE = types("fp32", "lr beta1 rest1 beta2 rest2 eps decay shrink correction scale aux_scale")
 SCALARS = {**RULE, "row_bytes": "i32/16", **types("i32", "key programs a main")}
+# No places in memory: bits that are mixed, and bits of floats that are put together.
+MIXED = {
+    f"sae_update_states: {product}": "32 bits and no more by definition"
+    for product in (
+        "(code & 128) << 24", "h * 2246822507", "h * 3266489909", "least << 23",
+        "tl.where(small, least, least - 1) << 23", "tl.where(small, least, least - 1) << 3",
+        "upper.to(tl.int32) << 16",
+    )
+}  # fmt: skip
 ADAM = {"OPTIMIZER": "adam", "MOMENTUM": True}
 
 
@@ -42,11 +51,11 @@ def cases() -> dict[str, Case]:
                         "fired": "i32"}  # fmt: skip
             out[f"sae_update.encoder.{d}.{state}"] = Case(
                 sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": True, "BE": 32},
-                pointers, options, SCALARS,
+                pointers, options, SCALARS, narrow=MIXED,
             )  # fmt: skip
             out[f"sae_update.decoder.{d}.{state}"] = Case(
                 sae_update._decoder_kernel,
                 {**both, "PROJECT": True, "RENORM": True, "TABLES": 1 + rowsparse},
-                pointers, options, SCALARS,
+                pointers, options, SCALARS, narrow=MIXED,
             )  # fmt: skip
     return out
