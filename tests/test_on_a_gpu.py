@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from microtome.ops._registry import OPS
 from microtome.ops.sae_update import Code, UpdateRule, moments_for
 from microtome.sae.step import FusedStep
 from microtome.testing import ATTENTION_CASES, MLP_CASES, SWAP_CASES, Case
+from microtome.testing.calls import calls
 from microtome.testing.triton import INTERPRETED
 
 needs_gpu = [
@@ -129,8 +131,32 @@ def shapley_calls(device: str) -> dict[str, Call]:
     }
 
 
+def other_calls(device: str) -> dict[str, Call]:
+    """Codes with rows of any length, few features, whole rows: by the calls that all ops share."""
+    shared, at = calls(n=50), torch.ops.microtome
+    names = (
+        "batch_topk_encode", "threshold_encode", "sparse_decode_csr", "feature_clamp", "solu",
+        "attribution_scores",
+    )  # fmt: skip
+    inputs = {name: put(shared[name].inputs, device) for name in names}
+    code, x = inputs["sparse_decode_csr"], inputs["solu"]["x"]
+    values, indices, offsets, W = (code[key] for key in ("values", "indices", "offsets", "W_dec"))
+    return {
+        **{name: partial(shared[name], inputs[name]) for name in names},
+        "solu_grad_x": lambda: at.solu_grad_x(x, x),
+        "sparse_decode_csr_grad_values": lambda: at.sparse_decode_csr_grad_values(
+            x, indices, offsets, W
+        ),
+        "sparse_decode_csr_grad_W_dec": lambda: at.sparse_decode_csr_grad_W_dec(
+            values, indices, offsets, x, len(W)
+        ),
+    }
+
+
 FAMILIES = {
-    name: family for family in (sae_calls, patching_calls, shapley_calls) for name in family("cpu")
+    name: family
+    for family in (sae_calls, patching_calls, shapley_calls, other_calls)
+    for name in family("cpu")
 }
 
 

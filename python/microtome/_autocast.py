@@ -68,6 +68,7 @@ DECISIONS: dict[str, Decision] = {
     "cascade_attention": Decision(FLOAT32, _FLOAT32_ONLY),
     "swap_key_attention": Decision(FLOAT32, _FLOAT32_ONLY),
     "attribution_scores": Decision(WIDEST, "differences and products are float32 anyway"),
+    "random_ranks": Decision(AS_GIVEN, "integers"),
     "coalition_inputs": Decision(WIDEST, "bits are moved, and x and background must share a dtype"),
     "coalition_gram": Decision(AS_GIVEN, "float64 throughout, which autocast leaves alone"),
     "shapley_reduce": Decision(FLOAT32, "values are averaged in float64; widening is exact"),

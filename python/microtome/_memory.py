@@ -37,6 +37,7 @@ WAYS = {
     "cascade_attention": _ROWS.format("rows, with their queries and keys,"),
     "swap_key_attention": _ROWS.format("rows, q_new, k_new and v_new"),
     "attribution_scores": _ROWS.format("source, base and grad"),
+    "random_ranks": "Draw fewer samples at once: a sample's ranks depend on its number alone.",
     "coalition_inputs": _ROWS.format("rows"),
     "coalition_gram": "Pass fewer explicands of values at once.",
     "shapley_reduce": "Pass fewer explicands of values at once.",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microtome import _check, _native
+from microtome import _native
+from microtome._look import look_after_writing
 from microtome.ops._registry import why_not_common
 
 CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
@@ -48,9 +49,9 @@ def update(
 ) -> Tensor:  # fmt: skip
     """`sae_update`: sort the entries by latent; a block updates both rows of a run of latents.
 
-    Everything is allocated before anything is written. With a screen it reads one number back to
-    the host at the end, to raise for a step that went beyond float32; while a CUDA graph is
-    captured it cannot.
+    Everything is allocated before anything is written. With a screen a step that went beyond
+    float32 is an error: on a GPU that of a later call (_pending.py), while a CUDA graph is captured
+    none.
     """
     native, f, (n, d) = _native.cuda(), W_enc.shape[0], x.shape
     device = x.device
@@ -92,12 +93,8 @@ def update(
              0 if shadow is None else shadow.stride(0)],
             _native.address(centre), [rowsparse, project, renorm], _native.stream(x),
         )  # fmt: skip
-    if (
-        stats is not None
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        and not bool(stats[:, 1].sum().isfinite())
-    ):
-        _check.finite_rows("sae_update", "W_enc", W_enc)
+    if stats is not None:
+        look_after_writing("sae_update", "W_enc", W_enc, norms=stats[:, 1])
     return fired
 
 

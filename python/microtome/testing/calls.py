@@ -104,6 +104,8 @@ def calls(seed: int = 0, n: int = 4, screen: str = "auto") -> dict[str, Call]:
         Call("attribution_scores", ops.attribution_scores,
              {"source": x, "base": draw(n, d), "grad": draw(n, d)}, ("source", "base", "grad"),
              options={"units": 2}),
+        Call("random_ranks", ops.random_ranks, {"samples": torch.arange(n)}, ("samples",),
+             options={"p": p, "seed": 1}),
         Call("coalition_inputs", ops.coalition_inputs,
              {"x": draw(2, p), "background": draw(1, p), "ranks": orders,
               "rows": table(*((i % 2, 0, i % 4, 0, 1) for i in range(n)))}, ("rows",)),
