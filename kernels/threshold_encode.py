@@ -1,10 +1,10 @@
 """The pre-activations above their feature's threshold, and the window about it.
 
-`csr_rows` lists every feature whose value could lie above the lower edge of the window (or above
-the threshold, where there is no window), computes those in float32 and sets rows that overflow
-apart. The values decide; counts of both kinds by row give the offsets; each row then places its
-entries by their features. Without a capacity the host reads how many there are before it makes room
-for them.
+`csr_filter` lists every feature whose value could lie above the lower edge of the window (or above
+the threshold, where there is no window); rows whose list overflows are set apart and computed
+whole. The float32 values decide; counts of both kinds by row give the offsets; each row then places
+its entries by their features. Without a capacity the host reads how many there are before it makes
+room for them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
@@ -15,6 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
 from microtome.kernels.csr_rows import place_of, refill
 from torch import Tensor
@@ -188,8 +189,12 @@ def run(
     kept: int, slots: int, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
     threshold: Tensor | None, bandwidth: float, capacity: int | None,
     screen: tuple[str, Tensor | None, Tensor | None] = ("auto", None, None),
+    tma: bool | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer."""
+    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer.
+
+    tma: read tiles through tensor descriptors; None for where the device has the copy engine.
+    """
     n = x.shape[0]
     x, W_enc = x.contiguous(), W_enc.contiguous()
     b_enc = None if b_enc is None else b_enc.contiguous()
@@ -215,12 +220,13 @@ def run(
         rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots)
         w_stats = None
         if not rows.everything:
-            shadows = csr.screen_of(x, W_enc, b_dec, *screen)
+            shadows = filters.screen_of(x, W_enc, b_dec, *screen)
             w_stats = shadows[3]
-            csr.filter_rows(rows, shadows, theta, half, per_column=True)
+            shift = filters.shift_of(b_enc, theta, half)
+            filters.filter_rows(rows, shadows, theta.new_zeros(1), shift, tma)
+            csr.set_overflowed_apart(rows)
         csr.compute(rows)
         if not rows.everything:
-            csr.set_overflowed_apart(rows)
             csr.compute_whole(rows)
         many = torch.zeros(2, n, dtype=torch.int32, device=x.device)
         _count(rows, theta, half, window, many)
