@@ -11,7 +11,7 @@
    and whole rows. Of the entries equal to it, the first by row and feature are taken.
 5. Write: the lengths of the rows give their offsets; each row orders its own entries.
 
-Every size follows from n*k, so nothing is read back until the end, to raise for NaN.
+Every size follows from n*k, so nothing is read back to the host.
 Integer atomics only, on counts; no answer depends on their order.
 """
 
@@ -34,6 +34,7 @@ from microtome.kernels.topk_select import _key
 from torch import Tensor
 
 from microtome._csr import offsets_of
+from microtome._look import Look
 
 OP = "batch_topk_encode"
 SAMPLE = 16  # every 16th feature is sampled
@@ -262,8 +263,9 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`batch_topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    Reads two numbers back to the host at the end, to raise for NaN and infinity. While a CUDA graph
-    is captured it cannot: NaN count as the largest values, and their rows' candidates are -1.
+    On a GPU nothing is read back to the host: for NaN and infinity a later call raises
+    (_pending.py), while a CUDA graph is captured none does. NaN count as the largest values then,
+    and the candidates of their rows are -1.
     """
     p = plan(x.shape[0], W_enc.shape[0], k)
     return run(p, x, W_enc, b_enc, b_dec, k, kind, shadow, stats)
@@ -283,7 +285,7 @@ def run(
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
     if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec)
+        csr.look_at(OP, x, W_enc, b_enc, b_dec).submit()
     values = x.new_empty(n * k)
     indices = torch.empty(n * k, dtype=torch.int32, device=x.device)
     if n == 0:
@@ -301,13 +303,14 @@ def run(
             _verify(rows, theta, n * k)
             csr.compute_whole(rows)
         offsets = _select(rows, n * k, values, indices)
-        probe = csr.probe(W_enc, None if screen is None else screen[3], b_enc, b_dec)
-    if csr.capturing(x):
-        return values, indices, offsets, torch.where(rows.bad > 0, -1, rows.passed)
-    finite, bad = torch.stack([probe, rows.bad.max().float()]).tolist()
-    if bad or not math.isfinite(finite):
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, overflowed=bool(bad))
-    return values, indices, offsets, rows.passed
+        if not csr.capturing(x):
+            look = Look(OP, x.device)
+            if x.is_cuda:
+                norms = None if screen is None else screen[3][:, 1]
+                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, norms=norms)
+            csr.look_at_values(look, rows)
+            look.submit()
+        return values, indices, offsets, csr.certificate(rows)
 
 
 def _predict(p: Plan, rows: csr.Rows, screen: filters.Screen, tma: bool | None) -> Tensor:

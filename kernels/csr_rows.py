@@ -17,7 +17,7 @@ from microtome.kernels import topk_select as select
 from microtome.kernels.topk_select import _dots
 from torch import Tensor
 
-from microtome import _check
+from microtome._look import Look
 
 WORKSPACE = 64 * 2**20  # bytes of the values of whole rows
 SCAN = 512  # values of a whole row looked at together
@@ -181,33 +181,28 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def probe(W_enc: Tensor, screen_stats: Tensor | None, *rest: Tensor | None) -> Tensor:
-    """One number, finite only if the weights are: features that are -inf pass no filter."""
-    parts = [W_enc.sum(dtype=torch.float32) if screen_stats is None else screen_stats[:, :3].sum()]
-    parts += [t.sum(dtype=torch.float32) for t in rest if t is not None]
-    return torch.stack(parts).sum()
-
-
-def raise_if_not_finite(
+def look_at(
     op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
-    threshold: Tensor | None = None, overflowed: bool = False,
-) -> None:  # fmt: skip
-    """Raise NonFiniteError naming the rows that hold NaN or infinity.
+    threshold: Tensor | None = None, norms: Tensor | None = None,
+) -> Look:  # fmt: skip
+    """A look for NaN and infinity in the inputs; norms [f]: those of W_enc, where they are there.
 
-    overflowed: a pre-activation was not finite, so raise even where all inputs are.
+    A feature that is -inf passes no filter, so the inputs themselves are looked at.
     """
-    columns = {"b_enc": b_enc, "threshold": threshold}
-    _check.finite_rows(op, "x", x)
-    _check.finite_rows(op, "W_enc", W_enc)
-    for name, column in columns.items():
-        if column is not None:
-            _check.finite_rows(op, name, column[:, None])
-    if b_dec is not None:
-        _check.finite_rows(op, "b_dec", b_dec[None])
-    if overflowed:
-        centred = x.float() if b_dec is None else x.float() - b_dec.float()
-        for first in range(0, x.shape[0], 64):
-            z = centred[first : first + 64] @ W_enc.float().T
-            bad = (~torch.isfinite(z)).any(-1).nonzero().flatten()
-            if bad.numel():
-                _check.rows(op, "x W_enc^T", bad + first)
+    look = Look(op, x.device)
+    look.finite("x", x)
+    look.finite("W_enc", W_enc, norms)
+    look.finite("b_enc", b_enc)
+    look.finite("b_dec", None if b_dec is None else b_dec[None])
+    look.finite("threshold", threshold)
+    return look
+
+
+def look_at_values(look: Look, rows: Rows) -> None:
+    """Look for rows with a computed value that is not finite."""
+    look.finite("x W_enc^T", torch.where(rows.bad > 0, float("inf"), 0.0))
+
+
+def certificate(rows: Rows) -> Tensor:
+    """Features computed for each row; -1 where one of them is not finite."""
+    return torch.where(rows.bad > 0, -1, rows.passed)

@@ -10,8 +10,6 @@ room for them.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,8 @@ from microtome.kernels import csr_rows as csr
 from microtome.kernels.csr_rows import place_of, refill
 from torch import Tensor
 
-from microtome._csr import check_room, offsets_of
+from microtome._csr import offsets_of
+from microtome._look import Look
 from microtome.errors import ArgumentError
 
 OP = "threshold_encode"
@@ -178,7 +177,12 @@ def launch(
     bandwidth: float, capacity: int | None, precision: str, kind: str, shadow: Tensor | None,
     stats: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored."""
+    """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored.
+
+    On a GPU only the numbers of entries are read back to the host, and with a capacity nothing: for
+    NaN, infinity and too many entries a later call raises (_pending.py), while a CUDA graph is
+    captured none does. The candidates of such rows are -1.
+    """
     f = W_enc.shape[0]
     screen = (kind, shadow, stats)
     return run(capacity_of(f), csr.slots_of(x.shape[0], f), x, W_enc, b_enc, b_dec, threshold,
@@ -199,15 +203,14 @@ def run(
     x, W_enc = x.contiguous(), W_enc.contiguous()
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
-    captured = csr.capturing(x)
-    if captured and capacity is None:
+    if capacity is None and csr.capturing(x):
         msg = (
             f"{OP}: while a CUDA graph is captured the number of entries cannot be read. "
             "Pass capacity=."
         )
         raise ArgumentError(msg)
     if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold)
+        csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold).submit()
     if n == 0:
         return _nothing(x, bandwidth, capacity)
     theta = (
@@ -218,10 +221,10 @@ def run(
     half, window = bandwidth / 2, bandwidth > 0
     with torch.cuda.device_of(x):
         rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots)
-        w_stats = None
+        norms = None
         if not rows.everything:
             shadows = filters.screen_of(x, W_enc, b_dec, *screen)
-            w_stats = shadows[3]
+            norms = shadows[3][:, 1]
             shift = filters.shift_of(b_enc, theta, half)
             filters.filter_rows(rows, shadows, theta.new_zeros(1), shift, tma)
             csr.set_overflowed_apart(rows)
@@ -230,32 +233,30 @@ def run(
             csr.compute_whole(rows)
         many = torch.zeros(2, n, dtype=torch.int32, device=x.device)
         _count(rows, theta, half, window, many)
-        offsets, near_offsets = offsets_of(many[0]), offsets_of(many[1])
-        probe = csr.probe(W_enc, w_stats, b_enc, b_dec, threshold)
-        read = [offsets[-1].double(), near_offsets[-1].double(), rows.bad.max().double(), probe]
-        sizes = [0, 0]
-        if not captured:
-            *counted, bad, finite = torch.stack([t.double() for t in read]).tolist()
-            if bad or not math.isfinite(finite):
-                csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold, bool(bad))
-            sizes = [int(m) for m in counted]
-        rooms = [sizes[0] if capacity is None else capacity, 0]
-        if window:
-            rooms[1] = sizes[1] if capacity is None else capacity
-        if capacity is not None:
-            for size, room, what in zip(sizes, rooms, ("entries", "entries in the window"),
-                                        strict=True):  # fmt: skip
-                check_room(OP, size, room, what)
+        ends = [offsets_of(m) for m in many]
+        if capacity is None:  # the one number, or two, that the host waits for
+            rooms = torch.stack([end[-1] for end in ends[: 1 + window]]).tolist()
+        else:
+            rooms = [capacity] * (1 + window)
+        rooms = [*rooms, 0][:2]
         out: list[Tensor] = []
-        for room, ends in zip(rooms, (offsets, near_offsets), strict=True):
-            out += [x.new_zeros(room), many.new_zeros(room), ends]
+        for room, end in zip(rooms, ends, strict=True):
+            out += [x.new_zeros(room), many.new_zeros(room), end]
         _write(rows, theta, half, window, out, rooms)
-    candidates = rows.passed
-    if captured:
-        candidates = torch.where(rows.bad > 0, -1, candidates)
-        for i, room in enumerate(rooms[: 1 + window]):
-            candidates = torch.where(out[3 * i + 2][1:] > room, -1, candidates)
-            out[3 * i + 2] = out[3 * i + 2].clamp(max=room)
+        if not csr.capturing(x):
+            look = Look(OP, x.device)
+            if x.is_cuda:
+                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold, norms)
+            csr.look_at_values(look, rows)
+            if capacity is not None:
+                look.room("entries", ends[0], capacity)
+                look.room("entries in the window", ends[1], rooms[1])
+            look.submit()
+        candidates = csr.certificate(rows)
+        if capacity is not None:
+            for i, (room, end) in enumerate(zip(rooms, ends, strict=True)):
+                candidates = torch.where(end[1:] > room, -1, candidates)
+                out[3 * i + 2] = end.clamp(max=room)
     return (*out, candidates)
 
 

@@ -68,7 +68,7 @@ def threshold_encode(
         screen: what `screen_weights(W_enc)` returned for these very weights; a bf16 one is used on
             a GPU.
         capacity: entries to make room for, in the code and in the window; without it the sizes
-            follow the data, for which a GPU reads two numbers back to the host. A graph of
+            follow the data, and the host waits for a GPU to tell them. A graph of
             torch.compile holds the op whole with a capacity, or without one where
             torch._dynamo.config.capture_dynamic_output_shape_ops is set.
 
@@ -81,10 +81,12 @@ def threshold_encode(
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: bandwidth, precision or capacity is out of its range, or there are more
-            entries than the capacity. While a CUDA graph is captured nothing can be raised: the
-            entries that do not fit are left out, and the candidates of their rows, like those of
-            rows with NaN or infinity, are -1.
+            entries than the capacity.
         NonFiniteError: an input or a pre-activation is NaN or infinite; the message names the rows.
+            On a GPU a later call raises this error and that of the capacity
+            (docs/inside_torch.md), and nothing does for a captured CUDA graph: entries that do not
+            fit are left out, and the candidates of their rows, like those of rows with a value that
+            is NaN or infinite, are -1.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, W_enc, b_enc, b_dec, through the values of the code; the window's values
