@@ -25,11 +25,20 @@ from microtome.errors import ArgumentError
 OP = "threshold_encode"
 SPARSE = 64  # a list has room for one feature in so many, and for LEAST
 LEAST = 256
+DENSEST = 8  # where the capacity speaks of more entries, for one feature in so many at most
 
 
-def capacity_of(f: int) -> int:
-    """Candidates a row may keep: lists take 1/32 of what the float32 pre-activations would."""
-    return min(64 * -(-max(f // SPARSE, LEAST) // 64), f)
+def capacity_of(f: int, n: int = 1, capacity: int | None = None, per_row: int | None = None) -> int:
+    """Candidates a row may keep: per_row, or what f and the capacity for n rows suggest.
+
+    By f lists take 1/32 of what the float32 pre-activations would, and where the caller makes room
+    for more entries, up to 1/4.
+    """
+    wanted = per_row
+    if wanted is None:
+        mean = 0 if capacity is None else -(-capacity // max(n, 1))
+        wanted = max(f // SPARSE, LEAST, min(2 * mean, f // DENSEST))
+    return min(64 * -(-wanted // 64), f)
 
 
 @triton.jit
@@ -175,7 +184,7 @@ Entries = tuple[Tensor, Tensor, Tensor]
 def launch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor | None,
     bandwidth: float, capacity: int | None, precision: str, kind: str, shadow: Tensor | None,
-    stats: Tensor | None,
+    stats: Tensor | None, per_row: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
@@ -183,10 +192,9 @@ def launch(
     NaN, infinity and too many entries a later call raises (_pending.py), while a CUDA graph is
     captured none does. The candidates of such rows are -1.
     """
-    f = W_enc.shape[0]
-    screen = (kind, shadow, stats)
-    return run(capacity_of(f), csr.slots_of(x.shape[0], f), x, W_enc, b_enc, b_dec, threshold,
-               bandwidth, capacity, screen)  # fmt: skip
+    n, f = x.shape[0], W_enc.shape[0]
+    return run(capacity_of(f, n, capacity, per_row), csr.slots_of(n, f), x, W_enc, b_enc, b_dec,
+               threshold, bandwidth, capacity, (kind, shadow, stats))  # fmt: skip
 
 
 def run(

@@ -182,6 +182,24 @@ def test_rows_whose_scores_could_overflow_are_computed_whole() -> None:
     assert (counts == CASE.f).nonzero().flatten().tolist() == [3]
 
 
+def test_lists_grow_with_what_the_caller_makes_room_for() -> None:
+    x, W_enc = torch.randn(4, 24, generator=generator(0, "dense")), CASE.inputs()["W_enc"]
+    args = (x.to(DEVICE), W_enc.to(DEVICE))
+    few, many, roomy = (
+        threshold_encode.launch(*args, None, None, None, 0.0, c, "exact", "auto", None, None, p)
+        for c, p in ((None, 64), (None, 380), (1200, None))
+    )
+    assert few[6].tolist() == [CASE.f] * 4  # half of all are entries
+    assert bool((many[6] < CASE.f * 3 // 4).all())
+    assert all(map(torch.equal, few[:6], many[:6]))
+    assert torch.equal(roomy[0][: few[0].numel()], few[0])
+    room = threshold_encode.capacity_of
+    assert [room(65536), room(65536, 100, 100 * 900), room(65536, 100, 65536 * 100)] == [
+        1024, 1856, 8192,
+    ]  # fmt: skip
+    assert [room(65536, per_row=p) for p in (1, 65, 10**6)] == [64, 128, 65536]
+
+
 def test_ties_at_the_border_are_split_within_a_whole_row() -> None:
     # Rows of 300 ones and 300 zeros. 1050 are wanted: all 900 ones and half the zeros of row 0.
     W_enc = torch.tensor([[1.0], [0.0]]).repeat(300, 1).to(DEVICE)
