@@ -2,7 +2,8 @@
 
 1. Predict: the rank-th largest bf16 score over a sample of the features of all rows. It need not be
    a bound.
-2. Filter: `csr_rows` lists every feature whose value could reach it and computes those in float32.
+2. Filter: `csr_filter` lists every feature whose value could reach it; those are computed in
+   float32.
 3. Verify: if at least n*k computed values reach the threshold, the n*k-th largest of all does too,
    so every member is listed. If not, every row is set apart and computed whole; rows whose list
    overflowed are in any case.
@@ -10,7 +11,7 @@
    and whole rows. Of the entries equal to it, the first by row and feature are taken.
 5. Write: the lengths of the rows give their offsets; each row orders its own entries.
 
-Every size follows from n*k, so nothing is read back until the end, to raise for NaN.
+Every size follows from n*k, so nothing is read back to the host.
 Integer atomics only, on counts; no answer depends on their order.
 """
 
@@ -23,14 +24,17 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
-from microtome.kernels.bf16 import products
+from microtome.kernels import topk_encode as encode
 from microtome.kernels.csr_rows import place_of, refill, set_apart
 from microtome.kernels.radix import Radix, digits, order_of
+from microtome.kernels.topk_encode import _scores, _tile
 from microtome.kernels.topk_select import _key
 from torch import Tensor
 
 from microtome._csr import offsets_of
+from microtome._look import Look
 
 OP = "batch_topk_encode"
 SAMPLE = 16  # every 16th feature is sampled
@@ -79,20 +83,19 @@ def plan(n: int, f: int, k: int) -> Plan:
 
 @triton.jit
 def _sample_kernel(
-    x, W, b_enc, maxima, rows, f, d, x_stride, w_stride, stride, groups,
+    x, W, bias, maxima, rows, f, d, x_stride, w_stride, tiles, groups, group_rows,
     HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, UPCAST: tl.constexpr,
+    BD: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(rows, BM)
-    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    block = tl.program_id(0) // row_tiles
-    feature = (block * BN + tl.arange(0, BN)).to(tl.int64) * stride
-    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
-    if HAS_BIAS:
-        score += tl.load(b_enc + feature, mask=feature < f, other=0.0).to(tl.float32)[None, :]
-    score = tl.where((feature < f)[None, :], score, float("-inf"))
+    """maxima [rows, groups]: the largest score of each GROUP of W's f rows, which are a sample."""
+    row_tile, tile = _tile(rows, tiles, BM, group_rows)
+    score = _scores(
+        x, W, bias, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN, BD,
+        UPCAST, TMA,
+    )  # fmt: skip
     best = tl.max(tl.reshape(score, (BM, BN // GROUP, GROUP)), 2)  # [BM, BN / GROUP]
-    column = block * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    row = row_tile * BM + tl.arange(0, BM)
+    column = tile * (BN // GROUP) + tl.arange(0, BN // GROUP)
     place = row.to(tl.int64)[:, None] * groups + column[None, :]
     tl.store(maxima + place, best, mask=(row < rows)[:, None] & (column < groups)[None, :])
 
@@ -260,8 +263,9 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`batch_topk_encode`. Always exact; a "bf16" screen is used, another is ignored.
 
-    Reads two numbers back to the host at the end, to raise for NaN and infinity. While a CUDA graph
-    is captured it cannot: NaN count as the largest values, and their rows' candidates are -1.
+    On a GPU nothing is read back to the host: for NaN and infinity a later call raises
+    (_pending.py), while a CUDA graph is captured none does. NaN count as the largest values then,
+    and the candidates of their rows are -1.
     """
     p = plan(x.shape[0], W_enc.shape[0], k)
     return run(p, x, W_enc, b_enc, b_dec, k, kind, shadow, stats)
@@ -270,14 +274,18 @@ def launch(
 def run(
     p: Plan, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
     kind: str = "auto", shadow: Tensor | None = None, stats: Tensor | None = None,
+    tma: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`launch` cut up as `p` says; the answer is the same for every plan."""
+    """`launch` cut up as `p` says; the answer is the same for every plan.
+
+    tma: read tiles through tensor descriptors; None for where the device has the copy engine.
+    """
     n = x.shape[0]
     x, W_enc = x.contiguous(), W_enc.contiguous()
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
     if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec)
+        csr.look_at(OP, x, W_enc, b_enc, b_dec).submit()
     values = x.new_empty(n * k)
     indices = torch.empty(n * k, dtype=torch.int32, device=x.device)
     if n == 0:
@@ -287,38 +295,43 @@ def run(
         rows = csr.Rows(x, W_enc, b_enc, b_dec, p.capacity, p.slots)
         screen = None
         if not rows.everything:
-            screen = csr.screen_of(x, W_enc, b_dec, kind, shadow, stats)
-            theta = _predict(p, rows, screen)
-            csr.filter_rows(rows, screen, theta, 0.0, per_column=False)
+            screen = filters.screen_of(x, W_enc, b_dec, kind, shadow, stats)
+            theta = _predict(p, rows, screen, tma)
+            filters.filter_rows(rows, screen, theta, b_enc, tma)
         csr.compute(rows)
         if not rows.everything:
             _verify(rows, theta, n * k)
             csr.compute_whole(rows)
         offsets = _select(rows, n * k, values, indices)
-        probe = csr.probe(W_enc, None if screen is None else screen[3], b_enc, b_dec)
-    if csr.capturing(x):
-        return values, indices, offsets, torch.where(rows.bad > 0, -1, rows.passed)
-    finite, bad = torch.stack([probe, rows.bad.max().float()]).tolist()
-    if bad or not math.isfinite(finite):
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, overflowed=bool(bad))
-    return values, indices, offsets, rows.passed
+        if not csr.capturing(x):
+            look = Look(OP, x.device)
+            if x.is_cuda:
+                norms = None if screen is None else screen[3][:, 1]
+                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, norms=norms)
+            csr.look_at_values(look, rows)
+            look.submit()
+        return values, indices, offsets, csr.certificate(rows)
 
 
-def _predict(p: Plan, rows: csr.Rows, screen: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def _predict(p: Plan, rows: csr.Rows, screen: filters.Screen, tma: bool | None) -> Tensor:
     """The threshold, [1] float32."""
-    x_shadow, _, w_shadow, w_stats = screen
-    tile, bias = csr.tiles(rows), rows.biases[0]
-    maxima = torch.empty(rows.n, p.groups, dtype=torch.float32, device=w_stats.device)
-    grid = triton.cdiv(rows.n, tile["BM"]) * triton.cdiv(p.groups * p.group, tile["BN"])
-    _sample_kernel[(grid,)](
-        x_shadow, w_shadow, w_stats if bias is None else bias, maxima, rows.n, rows.f, rows.d,
-        x_shadow.stride(0), w_shadow.stride(0), p.stride, p.groups,
-        HAS_BIAS=bias is not None, GROUP=p.group, **tile, **csr.OPTIONS,
+    x_shadow, w_shadow = screen[0], screen[2][:: p.stride]
+    bias = None if rows.biases[0] is None else rows.biases[0][:: p.stride].contiguous()
+    maxima = torch.empty(rows.n, p.groups, dtype=torch.float32, device=x_shadow.device)
+    BM, BN = filters.rows_of_a_tile(rows.n), 128
+    a, b, constants = filters.inputs_of(x_shadow, w_shadow, rows.d, tma, BM, BN)
+    row_tiles, tiles = triton.cdiv(rows.n, BM), triton.cdiv(p.groups * p.group, BN)
+    _sample_kernel[(row_tiles * tiles,)](
+        a, b, maxima if bias is None else bias, maxima, rows.n, w_shadow.shape[0], rows.d,
+        x_shadow.stride(0), w_shadow.stride(0), tiles, p.groups,
+        filters.resident_rows(rows.d, BM, row_tiles),
+        HAS_BIAS=bias is not None, GROUP=p.group, **constants, **encode.OPTIONS,
     )  # fmt: skip
-    radix = Radix(min(p.rank, maxima.numel()), w_stats.device)
-    count = torch.full((rows.n,), p.groups, dtype=torch.int32, device=w_stats.device)
+    radix = Radix(min(p.rank, maxima.numel()), maxima.device)
+    count = torch.full((rows.n,), p.groups, dtype=torch.int32, device=maxima.device)
     digits(radix, rows, count, maxima, whole=False)
-    theta: Tensor = radix.value
+    # Not -inf, so that the bound below it is a number.
+    theta: Tensor = radix.value.clamp_(min=-1e38)
     return theta
 
 

@@ -1,4 +1,4 @@
-"""Candidates for rows of any length: filter by an upper bound, compute, set overflow apart.
+"""Candidates for rows of any length: compute what `csr_filter` listed, set overflow apart.
 
 Shared by `batch_topk_encode` and `threshold_encode`. A row is either listed (every feature that
 could matter is on its list, with its float32 value) or whole (all f values are computed). Whole
@@ -14,15 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from microtome.kernels import topk_select as select
-from microtome.kernels.bf16 import products, shadow_rows
-from microtome.kernels.lists import append
 from microtome.kernels.topk_select import _dots
 from torch import Tensor
 
-from microtome import _check
+from microtome._look import Look
 
 WORKSPACE = 64 * 2**20  # bytes of the values of whole rows
-OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 SCAN = 512  # values of a whole row looked at together
 LISTED = (8, 64)  # rows, and candidates of each, looked at together
 
@@ -32,7 +29,7 @@ class Rows:
 
     Attributes:
         lists: count [n], index and value [n, capacity], failed [n] and failures [1]: whole rows in
-            no particular order. A whole row's count is 0.
+            no particular order. A whole row's count is 0, and -1 before it is found to be one.
         passed: [n] int32, features that passed the filter; f for a whole row.
         scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
             program over whole rows computes those of a later one.
@@ -86,53 +83,12 @@ def slots_of(n: int, f: int) -> int:
 
 
 @triton.jit
-def _filter_kernel(
-    x, x_stats, W, w_stats, b_enc, theta, count, index, rows, f, d, x_stride, w_stride, capacity,
-    unit, half,
-    HAS_BIAS: tl.constexpr, PER_COLUMN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Append every feature whose float32 value may reach theta - half.
-
-    The bound on |score - value| is that of `topk_encode`'s filter:
-        |w| (|c - cb| + 6 d u N) + |w - wb| N (1 + 4 d u),   N = |c| + |c - cb|,   u = 2^-24.
-    theta is one number, or one for each feature; its subtraction may round up, which the last
-    factor covers.
-    """
-    row_tiles = tl.cdiv(rows, BM)
-    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    feature = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
-    live = row < rows
-    inside = feature < f
-    score = products(x, W, row, feature, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
-    if HAS_BIAS:
-        score += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)[None, :]
-    norm = tl.load(x_stats + row.to(tl.int64) * 4 + 1, mask=live, other=0.0)
-    lost = tl.load(x_stats + row.to(tl.int64) * 4 + 2, mask=live, other=0.0)
-    norm += lost
-    of_w = (lost + 6.0 * unit * norm) * 1.0001
-    of_lost = norm * (1.0 + 4.0 * unit) * 1.0001
-    w_norm = tl.load(w_stats + feature.to(tl.int64) * 4 + 1, mask=inside, other=0.0)
-    w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=inside, other=0.0)
-    highest = score + of_w[:, None] * w_norm[None, :] + of_lost[:, None] * w_lost[None, :]
-    highest += tl.abs(score) * 1e-6
-    if PER_COLUMN:
-        least = tl.load(theta + feature, mask=inside, other=0.0)
-    else:
-        least = tl.load(theta) + tl.zeros((BN,), tl.float32)
-    lowest = (least - half) - (tl.abs(least) + half) * 1e-6
-    # Not (>=): an overflowed bound is NaN and must keep its feature.
-    keep = ~(highest < lowest[None, :]) & live[:, None] & inside[None, :]
-    append(keep, row, live, feature, count, index, capacity, BM, BN)
-
-
-@triton.jit
 def _overflow_kernel(count, passed, failed, failures, rows, capacity, BN: tl.constexpr):
-    """Make rows whose list overflowed whole."""
+    """Make rows whole whose list overflowed or, with a count of -1, could not be filled."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     live = row < rows
     many = tl.load(count + row, mask=live, other=0)
-    over = many > capacity
+    over = (many > capacity) | (many < 0)
     tl.store(passed + row, many, mask=live & ~over)
     set_apart(row, over, count, failed, failures, BN)
 
@@ -189,40 +145,6 @@ def block(rows: Rows) -> int:
     return select.TILE[1] if rows.passed.is_cuda else 512
 
 
-def screen_of(
-    x: Tensor, W_enc: Tensor, b_dec: Tensor | None, kind: str, shadow: Tensor | None,
-    stats: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """bf16 shadows and statistics: of x minus b_dec, and of W_enc, given or made in one pass."""
-    mine = shadow_rows(x, b_dec)
-    if kind == "bf16" and shadow is not None and stats is not None:
-        return (*mine, shadow.view(torch.bfloat16), stats)
-    return (*mine, *shadow_rows(W_enc, None))
-
-
-def tiles(rows: Rows) -> dict[str, int | bool]:
-    """Rows, features and columns of a tile of bf16 products."""
-    BM = min(max(triton.next_power_of_2(max(rows.n, 1)), 16), 128)
-    return {"BM": BM, "BN": 128, "BD": 64, "UPCAST": not rows.passed.is_cuda}
-
-
-def filter_rows(
-    rows: Rows, screen: tuple[Tensor, Tensor, Tensor, Tensor], theta: Tensor, half: float,
-    per_column: bool,
-) -> None:  # fmt: skip
-    """Fill the lists with the features that may reach theta ([1] or [f]) - half."""
-    x_shadow, x_stats, w_shadow, w_stats = screen
-    tile, bias = tiles(rows), rows.biases[0]
-    lists = rows.lists
-    grid = (triton.cdiv(rows.n, tile["BM"]) * triton.cdiv(rows.f, tile["BN"]),)
-    _filter_kernel[grid](
-        x_shadow, x_stats, w_shadow, w_stats, w_stats if bias is None else bias, theta,
-        lists.count, lists.index, rows.n, rows.f, rows.d, x_shadow.stride(0), w_shadow.stride(0),
-        rows.capacity, rows.d * 2.0**-24, half, HAS_BIAS=bias is not None, PER_COLUMN=per_column,
-        **tile, **OPTIONS,
-    )  # fmt: skip
-
-
 def compute(rows: Rows) -> None:
     """float32 values of what is listed (of everything, where the lists hold everything)."""
     lists = rows.lists
@@ -259,33 +181,28 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def probe(W_enc: Tensor, screen_stats: Tensor | None, *rest: Tensor | None) -> Tensor:
-    """One number, finite only if the weights are: features that are -inf pass no filter."""
-    parts = [W_enc.sum(dtype=torch.float32) if screen_stats is None else screen_stats[:, :3].sum()]
-    parts += [t.sum(dtype=torch.float32) for t in rest if t is not None]
-    return torch.stack(parts).sum()
-
-
-def raise_if_not_finite(
+def look_at(
     op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
-    threshold: Tensor | None = None, overflowed: bool = False,
-) -> None:  # fmt: skip
-    """Raise NonFiniteError naming the rows that hold NaN or infinity.
+    threshold: Tensor | None = None, norms: Tensor | None = None,
+) -> Look:  # fmt: skip
+    """A look for NaN and infinity in the inputs; norms [f]: those of W_enc, where they are there.
 
-    overflowed: a pre-activation was not finite, so raise even where all inputs are.
+    A feature that is -inf passes no filter, so the inputs themselves are looked at.
     """
-    columns = {"b_enc": b_enc, "threshold": threshold}
-    _check.finite_rows(op, "x", x)
-    _check.finite_rows(op, "W_enc", W_enc)
-    for name, column in columns.items():
-        if column is not None:
-            _check.finite_rows(op, name, column[:, None])
-    if b_dec is not None:
-        _check.finite_rows(op, "b_dec", b_dec[None])
-    if overflowed:
-        centred = x.float() if b_dec is None else x.float() - b_dec.float()
-        for first in range(0, x.shape[0], 64):
-            z = centred[first : first + 64] @ W_enc.float().T
-            bad = (~torch.isfinite(z)).any(-1).nonzero().flatten()
-            if bad.numel():
-                _check.rows(op, "x W_enc^T", bad + first)
+    look = Look(op, x.device)
+    look.finite("x", x)
+    look.finite("W_enc", W_enc, norms)
+    look.finite("b_enc", b_enc)
+    look.finite("b_dec", None if b_dec is None else b_dec[None])
+    look.finite("threshold", threshold)
+    return look
+
+
+def look_at_values(look: Look, rows: Rows) -> None:
+    """Look for rows with a computed value that is not finite."""
+    look.finite("x W_enc^T", torch.where(rows.bad > 0, float("inf"), 0.0))
+
+
+def certificate(rows: Rows) -> Tensor:
+    """Features computed for each row; -1 where one of them is not finite."""
+    return torch.where(rows.bad > 0, -1, rows.passed)

@@ -1,35 +1,44 @@
 """The pre-activations above their feature's threshold, and the window about it.
 
-`csr_rows` lists every feature whose value could lie above the lower edge of the window (or above
-the threshold, where there is no window), computes those in float32 and sets rows that overflow
-apart. The values decide; counts of both kinds by row give the offsets; each row then places its
-entries by their features. Without a capacity the host reads how many there are before it makes room
-for them.
+`csr_filter` lists every feature whose value could lie above the lower edge of the window (or above
+the threshold, where there is no window); rows whose list overflows are set apart and computed
+whole. The float32 values decide; counts of both kinds by row give the offsets; each row then places
+its entries by their features. Without a capacity the host reads how many there are before it makes
+room for them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
 from microtome.kernels.csr_rows import place_of, refill
 from torch import Tensor
 
-from microtome._csr import check_room, offsets_of
+from microtome._csr import offsets_of
+from microtome._look import Look
 from microtome.errors import ArgumentError
 
 OP = "threshold_encode"
 SPARSE = 64  # a list has room for one feature in so many, and for LEAST
 LEAST = 256
+DENSEST = 8  # where the capacity speaks of more entries, for one feature in so many at most
 
 
-def capacity_of(f: int) -> int:
-    """Candidates a row may keep: lists take 1/32 of what the float32 pre-activations would."""
-    return min(64 * -(-max(f // SPARSE, LEAST) // 64), f)
+def capacity_of(f: int, n: int = 1, capacity: int | None = None, per_row: int | None = None) -> int:
+    """Candidates a row may keep: per_row, or what f and the capacity for n rows suggest.
+
+    By f lists take 1/32 of what the float32 pre-activations would, and where the caller makes room
+    for more entries, up to 1/4.
+    """
+    wanted = per_row
+    if wanted is None:
+        mean = 0 if capacity is None else -(-capacity // max(n, 1))
+        wanted = max(f // SPARSE, LEAST, min(2 * mean, f // DENSEST))
+    return min(64 * -(-wanted // 64), f)
 
 
 @triton.jit
@@ -175,34 +184,41 @@ Entries = tuple[Tensor, Tensor, Tensor]
 def launch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor | None,
     bandwidth: float, capacity: int | None, precision: str, kind: str, shadow: Tensor | None,
-    stats: Tensor | None,
+    stats: Tensor | None, per_row: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored."""
-    f = W_enc.shape[0]
-    screen = (kind, shadow, stats)
-    return run(capacity_of(f), csr.slots_of(x.shape[0], f), x, W_enc, b_enc, b_dec, threshold,
-               bandwidth, capacity, screen)  # fmt: skip
+    """`threshold_encode`. Always exact; a "bf16" screen is used, another is ignored.
+
+    On a GPU only the numbers of entries are read back to the host, and with a capacity nothing: for
+    NaN, infinity and too many entries a later call raises (_pending.py), while a CUDA graph is
+    captured none does. The candidates of such rows are -1.
+    """
+    n, f = x.shape[0], W_enc.shape[0]
+    return run(capacity_of(f, n, capacity, per_row), csr.slots_of(n, f), x, W_enc, b_enc, b_dec,
+               threshold, bandwidth, capacity, (kind, shadow, stats))  # fmt: skip
 
 
 def run(
     kept: int, slots: int, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
     threshold: Tensor | None, bandwidth: float, capacity: int | None,
     screen: tuple[str, Tensor | None, Tensor | None] = ("auto", None, None),
+    tma: bool | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer."""
+    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer.
+
+    tma: read tiles through tensor descriptors; None for where the device has the copy engine.
+    """
     n = x.shape[0]
     x, W_enc = x.contiguous(), W_enc.contiguous()
     b_enc = None if b_enc is None else b_enc.contiguous()
     b_dec = None if b_dec is None else b_dec.contiguous()
-    captured = csr.capturing(x)
-    if captured and capacity is None:
+    if capacity is None and csr.capturing(x):
         msg = (
             f"{OP}: while a CUDA graph is captured the number of entries cannot be read. "
             "Pass capacity=."
         )
         raise ArgumentError(msg)
     if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
-        csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold)
+        csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold).submit()
     if n == 0:
         return _nothing(x, bandwidth, capacity)
     theta = (
@@ -213,43 +229,42 @@ def run(
     half, window = bandwidth / 2, bandwidth > 0
     with torch.cuda.device_of(x):
         rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots)
-        w_stats = None
+        norms = None
         if not rows.everything:
-            shadows = csr.screen_of(x, W_enc, b_dec, *screen)
-            w_stats = shadows[3]
-            csr.filter_rows(rows, shadows, theta, half, per_column=True)
+            shadows = filters.screen_of(x, W_enc, b_dec, *screen)
+            norms = shadows[3][:, 1]
+            shift = filters.shift_of(b_enc, theta, half)
+            filters.filter_rows(rows, shadows, theta.new_zeros(1), shift, tma)
+            csr.set_overflowed_apart(rows)
         csr.compute(rows)
         if not rows.everything:
-            csr.set_overflowed_apart(rows)
             csr.compute_whole(rows)
         many = torch.zeros(2, n, dtype=torch.int32, device=x.device)
         _count(rows, theta, half, window, many)
-        offsets, near_offsets = offsets_of(many[0]), offsets_of(many[1])
-        probe = csr.probe(W_enc, w_stats, b_enc, b_dec, threshold)
-        read = [offsets[-1].double(), near_offsets[-1].double(), rows.bad.max().double(), probe]
-        sizes = [0, 0]
-        if not captured:
-            *counted, bad, finite = torch.stack([t.double() for t in read]).tolist()
-            if bad or not math.isfinite(finite):
-                csr.raise_if_not_finite(OP, x, W_enc, b_enc, b_dec, threshold, bool(bad))
-            sizes = [int(m) for m in counted]
-        rooms = [sizes[0] if capacity is None else capacity, 0]
-        if window:
-            rooms[1] = sizes[1] if capacity is None else capacity
-        if capacity is not None:
-            for size, room, what in zip(sizes, rooms, ("entries", "entries in the window"),
-                                        strict=True):  # fmt: skip
-                check_room(OP, size, room, what)
+        ends = [offsets_of(m) for m in many]
+        if capacity is None:  # the one number, or two, that the host waits for
+            rooms = torch.stack([end[-1] for end in ends[: 1 + window]]).tolist()
+        else:
+            rooms = [capacity] * (1 + window)
+        rooms = [*rooms, 0][:2]
         out: list[Tensor] = []
-        for room, ends in zip(rooms, (offsets, near_offsets), strict=True):
-            out += [x.new_zeros(room), many.new_zeros(room), ends]
+        for room, end in zip(rooms, ends, strict=True):
+            out += [x.new_zeros(room), many.new_zeros(room), end]
         _write(rows, theta, half, window, out, rooms)
-    candidates = rows.passed
-    if captured:
-        candidates = torch.where(rows.bad > 0, -1, candidates)
-        for i, room in enumerate(rooms[: 1 + window]):
-            candidates = torch.where(out[3 * i + 2][1:] > room, -1, candidates)
-            out[3 * i + 2] = out[3 * i + 2].clamp(max=room)
+        if not csr.capturing(x):
+            look = Look(OP, x.device)
+            if x.is_cuda:
+                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold, norms)
+            csr.look_at_values(look, rows)
+            if capacity is not None:
+                look.room("entries", ends[0], capacity)
+                look.room("entries in the window", ends[1], rooms[1])
+            look.submit()
+        candidates = csr.certificate(rows)
+        if capacity is not None:
+            for i, (room, end) in enumerate(zip(rooms, ends, strict=True)):
+                candidates = torch.where(end[1:] > room, -1, candidates)
+                out[3 * i + 2] = end.clamp(max=room)
     return (*out, candidates)
 
 

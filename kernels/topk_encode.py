@@ -298,7 +298,7 @@ def _screen(
         _filter_kernel[(row_tiles * (tiles - sampled),)](
             a, x_stats, b, tops[0], bias, lists.theta, lists.count, lists.index, lists.value,
             *sizes, tiles - sampled, p.stride, p.capacity, group_rows, d * 2.0**-24,
-            LEAF=leaf(p, x), **common,
+            LEAF=leaf(p.BM, p.BN, x), **common,
         )  # fmt: skip
     return x_stats
 
@@ -310,9 +310,9 @@ def described(x: Tensor, W: Tensor) -> bool:
     return all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] for t in (x, W))
 
 
-def leaf(p: Plan, x: Tensor) -> int:
+def leaf(BM: int, BN: int, x: Tensor) -> int:
     """LEAF of `append_scores` for this device; 0 for tiles and devices whose layout is another."""
-    if not x.is_cuda or p.BM < 128 or p.BN < 128:
+    if not x.is_cuda or BM < 128 or BN < 128:
         return 0
     return LEAVES.get(torch.cuda.get_device_capability(x.device)[0], 0)
 

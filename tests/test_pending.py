@@ -19,51 +19,10 @@ from microtome import _pending, errors
 from microtome._look import Look, look_after_writing
 from microtome.ops import sparse_decode
 from microtome.ops._registry import Op
+from microtome.testing.paper import PaperGpu
 
 CPU = torch.device("cpu")
 NAN = float("nan")
-
-
-class PaperEvent:
-    """Passes, with all before it, when the test lets it."""
-
-    def __init__(self, gpu: PaperGpu, copies: list[tuple[Tensor, Tensor]]) -> None:
-        self.gpu, self.copies, self.passed, self.waited = gpu, copies, False, 0
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        self.waited += 1
-        self.arrive()
-
-    def arrive(self) -> None:
-        self.passed = True
-        for host, device in self.copies:
-            host.copy_(device)
-
-
-class PaperGpu(_pending.Gpu):
-    """Takes CPU tensors for those of a GPU."""
-
-    def __init__(self) -> None:
-        self.events: list[PaperEvent] = []
-        self.captures = False
-
-    def waits(self, device: torch.device) -> bool:
-        return True
-
-    def capturing(self) -> bool:
-        return self.captures
-
-    def fetch(self, tensors: list[Tensor]) -> tuple[list[Tensor], _pending.Event]:
-        hosts = [torch.full_like(t, -7) for t in tensors]  # what nobody may read before the event
-        self.events.append(PaperEvent(self, list(zip(hosts, tensors, strict=True))))
-        return hosts, self.events[-1]
-
-    def arrive(self) -> None:
-        for event in self.events:
-            event.arrive()
 
 
 @pytest.fixture

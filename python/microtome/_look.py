@@ -7,6 +7,7 @@ from torch import Tensor
 
 from microtome import _check, _memory
 from microtome import _pending as pending
+from microtome._csr import check_room
 from microtome.errors import ArgumentError, MicrotomeError, NonFiniteError
 
 _NORMS = "NaN, infinity or numbers whose squares overflow float32"
@@ -72,6 +73,19 @@ class Look:
         what = f"{name} must lie in [0, {letter}={size}), and do not"
         self._add(health, name, ArgumentError, what)
         return clamped
+
+    def room(self, what: str, offsets: Tensor, room: int) -> None:
+        """Look whether entries by row, offsets [n + 1], fit into the room there is for them.
+
+        Raises:
+            ArgumentError: now, where looks are made now.
+        """
+        if self.now:
+            check_room(self.op, int(offsets[-1]), room, what)
+            return
+        health = torch.where(offsets[1:] > room, float("inf"), 0.0)
+        too_small = f"capacity={room} must be larger, it has no room for all {what}"
+        self._add(health, "capacity", ArgumentError, too_small)
 
     def _add(self, health: Tensor, name: str, kind: type[MicrotomeError], what: str) -> None:
         self._health.append(health)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from aot.case import Case, types
 from microtome.kernels import (
     batch_topk_encode,
+    csr_filter,
     csr_rows,
     radix,
     segments,
     sparse_decode_csr,
     threshold_encode,
+    topk_encode,
     topk_select,
 )
 
@@ -23,6 +26,22 @@ INTEGERS = {
 }
 SCALARS = {**types("i32", "shift room near_room wanted"), "half": "fp32"}
 BN, BC = csr_rows.LISTED
+PROGRAMS = "the programs of a launch"
+ROWS = "a row, or up to a tile beyond the last; n < 2^29"
+# Why these products stay below 2^31.
+NARROW = {
+    "topk_encode: GROUP_ROWS * tiles": PROGRAMS,
+    "topk_encode: tl.program_id(0) // (GROUP_ROWS * tiles) * GROUP_ROWS": PROGRAMS,
+    "csr_filter: row_tile * BM": ROWS,
+    "batch_topk_encode: row_tile * BM": ROWS,
+    "topk_narrow: row * 4": ROWS,
+    "csr_filter: tile * BN": "a feature; f < 2^31",
+    "batch_topk_encode: tile * BN": "a sampled feature; f < 2^31",
+    "batch_topk_encode: tile * (BN // GROUP)": "a sampled feature; f < 2^31",
+    "csr_filter: tile * 2": "a tile of features",
+    "csr_filter: tl.program_id(0) * BN": ROWS,
+    "lists: capacity * 4": "bytes of one list",
+}
 
 
 def case(kernel: Any, constants: dict[str, Any], **more: Any) -> Case:
@@ -34,10 +53,6 @@ def case(kernel: Any, constants: dict[str, Any], **more: Any) -> Case:
 
 def cases() -> dict[str, Case]:
     """Every kernel at the tile its host function chooses."""
-    plan = batch_topk_encode.plan(n, f, k)
-    tiles = {"HAS_BIAS": True, "BM": 128, "BN": 128, "BD": 64, "UPCAST": False}
-    products = {"pointers": types("bf16", "x W"), "options": csr_rows.OPTIONS}
-    products["needs"] = ("tensor_core",)
     dots = {"HAS_B_DEC": True, "HAS_BIAS": True, "BD": topk_select.WIDTH}
     listed = {**dots, "WHOLE": False, "BN": BN, "BC": BC, "BF": topk_select.TILE[1]}
     whole = {**listed, "WHOLE": True, "BN": 1, "BC": csr_rows.SCAN}
@@ -47,9 +62,8 @@ def cases() -> dict[str, Case]:
         "csr.overflow": case(csr_rows._overflow_kernel, {"BN": 128}),
         "csr.whole": case(csr_rows._whole_kernel, {**dots, "BC": topk_select.TILE[1]}),
         "csr.digit": case(radix._digit_kernel, {}),
-        "batch_topk_encode.sample": case(
-            batch_topk_encode._sample_kernel, {**tiles, "GROUP": plan.group}, **products
-        ),
+        "csr.start": case(csr_filter._start_kernel, {"BN": 128}, narrow=NARROW),
+        "csr.own": case(csr_filter._own_kernel, {"BN": 1, "BC": csr_filter.LISTED}),
         "batch_topk_encode.reach": case(batch_topk_encode._reach_kernel, {"BN": BN, "BC": BC}),
         "batch_topk_encode.give_up": case(batch_topk_encode._give_up_kernel, {"BN": 128}),
         "batch_topk_encode.write": case(batch_topk_encode._write_kernel, {"BN": 1, "BC": 64}),
@@ -62,11 +76,9 @@ def cases() -> dict[str, Case]:
         "threshold_encode.write_whole": case(
             threshold_encode._write_whole_kernel, {**alone, "WINDOW": True}
         ),
+        **products(int(sys.argv[1])),
         **decode(),
     }
-    for name, wide in (("batch_topk_encode", False), ("threshold_encode", True)):
-        constants = {**tiles, "PER_COLUMN": wide}
-        out[f"{name}.filter"] = case(csr_rows._filter_kernel, constants, **products)
     for name, constants in (("listed", listed), ("whole", whole)):
         out[f"csr.histogram.{name}"] = case(radix._histogram_kernel, constants)
         out[f"batch_topk_encode.count.{name}"] = case(
@@ -75,6 +87,33 @@ def cases() -> dict[str, Case]:
         out[f"threshold_encode.count.{name}"] = case(
             threshold_encode._count_kernel, {**constants, "WINDOW": True}
         )
+    return out
+
+
+def products(arch: int) -> dict[str, Case]:
+    """Sample and filter: pointers and mma.sync below sm_90, descriptors and wgmma there."""
+    out = {}
+    constants = {"HAS_BIAS": True, "BM": 128, "BD": 64, "UPCAST": False, "TMA": arch >= 90}
+    inputs = {"pointers": types("bf16", "x W"), "needs": ("HMMA",)}
+    if arch >= 90:
+        constants |= {"x_stride": 0, "w_stride": 0}
+        inputs = {"needs": ("HGMMA", "UTMALDG")}
+    leaf = {"LEAF": topk_encode.LEAVES[arch // 10]}
+    group = {"GROUP": batch_topk_encode.plan(n, f, k).group}
+    for name, kernel, BN, more in (
+        ("batch_topk_encode.sample", batch_topk_encode._sample_kernel, 128, group),
+        ("csr.filter_128", csr_filter._filter_kernel, 128, leaf),
+        ("csr.filter_256", csr_filter._filter_kernel, 256, leaf),
+    ):  # fmt: skip
+        if BN == 256 and arch < 90:
+            continue
+        scalars = {**SCALARS, **types("i32", "tiles group_rows")}
+        if arch >= 90:
+            scalars |= {t: f"tensordesc<bf16[{m}, 64]>" for t, m in (("x", 128), ("W", BN))}
+        out[name] = Case(
+            kernel, {**constants, **more, "BN": BN}, inputs.get("pointers", {}),
+            topk_encode.OPTIONS, scalars, inputs["needs"], narrow=NARROW,
+        )  # fmt: skip
     return out
 
 

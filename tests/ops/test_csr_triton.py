@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
+from microtome._look import Look
 from microtome._seed import generator
 from microtome.errors import ArgumentError
 from microtome.ops.batch_topk_encode import batch_topk_encode_reference
 from microtome.ops.threshold_encode import threshold_encode_reference
 from microtome.testing import Case
-from microtome.testing.triton import DEVICE, MARKS, RUNS
+from microtome.testing.triton import DEVICE, MARKS, RUNS, SILENT
 
 pytestmark = MARKS
 if RUNS:
     csr = pytest.importorskip("microtome.kernels.csr_rows")
-    from microtome.kernels import batch_topk_encode, radix, threshold_encode
+    from microtome.kernels import batch_topk_encode, csr_filter, radix, threshold_encode
 
 CASE = Case("paths", 6, 24, 500, 12)
 
@@ -107,6 +109,97 @@ def test_threshold_encode_has_the_same_bits_however_rows_are_computed(
         assert int((counts == CASE.f).sum()) == whole
 
 
+def test_tiles_read_by_the_copy_engine_give_the_same_bits() -> None:
+    plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)
+    got = batch_topk_encode.run(plan, *inputs_of(CASE), CASE.k, tma=True)
+    assert all(map(torch.equal, usual_batch(), got))
+    theta = torch.full((CASE.f,), 8.0, device=DEVICE)
+    got = threshold_encode.run(448, 6, *inputs_of(CASE), theta, 2.0, None, tma=True)
+    assert all(map(torch.equal, usual_threshold(), got))
+
+
+def test_the_shift_is_never_below_what_its_proof_asks_for() -> None:
+    g = generator(0, "shift")
+    b, theta = (
+        torch.randn(400, generator=g) * 2.0 ** torch.randint(-140, 40, (400,), generator=g)
+        for _ in range(2)
+    )
+    theta[:100] = b[:100] * (1 + torch.randn(100, generator=g) * 2.0**-22)  # cancels
+    for half in (0.0, 1e-42, 0.0123, 3e5):
+        h, u = Fraction(float(torch.tensor(half))), Fraction(1, 1 << 24)
+        for bias in (None, b):
+            shift = csr_filter.shift_of(bias, theta, half).tolist()
+            for s, c, t in zip(shift, (b * 0 if bias is None else b).tolist(), theta.tolist(),
+                               strict=True):  # fmt: skip
+                least = Fraction(c) - Fraction(t) + h + u * (abs(Fraction(t)) + h)
+                size = abs(Fraction(c)) + abs(Fraction(t)) + h
+                assert least <= Fraction(s) <= least + 8 * u * size + Fraction(1, 1 << 144)
+
+
+def test_features_just_above_and_just_within_the_window_are_all_found() -> None:
+    # The scores are exact, so only the folding of threshold, bias and window could lose any.
+    g = generator(0, "edges")
+    W_enc = torch.ones(600, 1, device=DEVICE)
+    z = torch.ones(2, 1, device=DEVICE)
+    b = torch.randn(600, generator=g).to(DEVICE) * 100
+    steps = torch.arange(600, device=DEVICE) % 81 - 40
+    theta = ((1 + b).view(torch.int32) + steps.int()).view(torch.float32)  # ulps about the value
+    for width in (0.0, 1e-5):
+        args = (z, W_enc, b, None, theta, width, None)
+        got = threshold_encode.run(512, 2, *args)
+        wanted = threshold_encode_reference(*args, "exact", "auto", None, None)
+        assert all(map(torch.equal, got[:6], wanted[:6]))
+        assert 0 < int(got[2][-1]) < 1200
+        assert not bool((got[6] == 600).any())
+
+
+def test_a_long_row_among_the_weights_costs_its_neighbours_nothing() -> None:
+    x, W_enc, b_enc, b_dec = inputs_of(CASE)
+    plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)
+    long = W_enc.clone()
+    long[7] *= 20  # bounds what its whole tile of features could lose
+    *got, counts = batch_topk_encode.run(plan, x, long, b_enc, b_dec, CASE.k)
+    wanted = batch_topk_encode_reference(x, long, b_enc, b_dec, CASE.k, "exact", "auto", None, None)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[2], wanted[2])
+    assert int(counts.max()) <= int(usual_batch()[3].max()) + 16
+
+
+@SILENT
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_rows_whose_scores_could_overflow_are_computed_whole() -> None:
+    x, W_enc, b_enc, b_dec = inputs_of(CASE)
+    x[3] *= 2.0**100  # its squares overflow float32
+    plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)
+    args = (x, W_enc, b_enc, b_dec)
+    *got, counts = batch_topk_encode.run(plan, *args, CASE.k)
+    wanted = batch_topk_encode_reference(*args, CASE.k, "exact", "auto", None, None)
+    assert torch.equal(got[2], wanted[2])
+    assert int(counts[3]) == CASE.f
+    *got, counts = threshold_encode.run(448, 6, *args, None, 0.0, None)
+    wanted = threshold_encode_reference(*args, None, 0.0, None, "exact", "auto", None, None)
+    assert torch.equal(got[1], wanted[1])
+    assert (counts == CASE.f).nonzero().flatten().tolist() == [3]
+
+
+def test_lists_grow_with_what_the_caller_makes_room_for() -> None:
+    x, W_enc = torch.randn(4, 24, generator=generator(0, "dense")), CASE.inputs()["W_enc"]
+    args = (x.to(DEVICE), W_enc.to(DEVICE))
+    few, many, roomy = (
+        threshold_encode.launch(*args, None, None, None, 0.0, c, "exact", "auto", None, None, p)
+        for c, p in ((None, 64), (None, 380), (1200, None))
+    )
+    assert few[6].tolist() == [CASE.f] * 4  # half of all are entries
+    assert bool((many[6] < CASE.f * 3 // 4).all())
+    assert all(map(torch.equal, few[:6], many[:6]))
+    assert torch.equal(roomy[0][: few[0].numel()], few[0])
+    room = threshold_encode.capacity_of
+    assert [room(65536), room(65536, 100, 100 * 900), room(65536, 100, 65536 * 100)] == [
+        1024, 1856, 8192,
+    ]  # fmt: skip
+    assert [room(65536, per_row=p) for p in (1, 65, 10**6)] == [64, 128, 65536]
+
+
 def test_ties_at_the_border_are_split_within_a_whole_row() -> None:
     # Rows of 300 ones and 300 zeros. 1050 are wanted: all 900 ones and half the zeros of row 0.
     W_enc = torch.tensor([[1.0], [0.0]]).repeat(300, 1).to(DEVICE)
@@ -145,7 +238,7 @@ def test_while_a_graph_is_captured_rows_that_are_not_finite_are_marked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(csr, "capturing", lambda _: True)
-    monkeypatch.setattr(csr, "raise_if_not_finite", lambda *_: None)  # else asked first
+    monkeypatch.setattr(csr, "look_at", lambda *_: Look("first", torch.device("cpu")))
     x, W_enc, b_enc, b_dec = inputs_of(CASE)
     x[2, 5], x[4, 0] = float("nan"), float("inf")
     plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)

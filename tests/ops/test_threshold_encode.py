@@ -320,5 +320,7 @@ def test_messages_say_what_came_and_what_is_allowed() -> None:
         threshold_encode(x, W_enc, bandwidth=-1.0)
     with pytest.raises(ArgumentError, match=r"capacity must be at least 0, or None .*, got -2"):
         threshold_encode(x, W_enc, capacity=-2)
+    with pytest.raises(ArgumentError, match=r"per_row must be at least 1, or None .*, got 0"):
+        threshold_encode(x, W_enc, per_row=0)
     with pytest.raises(ArgumentError, match="precision must be one of 'exact', 'fast'"):
         threshold_encode(x, W_enc, precision="sloppy")

@@ -56,8 +56,8 @@ def batch_topk_encode(
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: k or precision is out of its range.
         NonFiniteError: an input or a pre-activation is NaN or infinite; the message names the rows.
-            While a CUDA graph is captured nothing can be raised, and the candidates of such rows
-            are -1.
+            On a GPU a later call raises it (docs/inside_torch.md), and nothing does for a captured
+            CUDA graph; the candidates of rows with such a value are -1.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, W_enc, b_enc, b_dec (through the selected entries). Deterministic. Cost:

@@ -149,6 +149,7 @@ csr_grad_values = Op(
     sparse_decode_csr_grad_values_reference,
     fake=lambda grad_out, indices, offsets, W_dec: grad_out.new_empty(indices.shape),
     backends=[triton_backend(f"{_KERNELS}:launch_grad_values", *_FLOATS)],
+    gathers={"indices": ("W_dec", "f")},
     backward=_grad_values_backward,
     setup_context=_save,
 )
@@ -163,6 +164,7 @@ csr_decode = Op(
     sparse_decode_csr_reference,
     fake=_fake_decode,
     backends=[triton_backend(f"{_KERNELS}:launch", *_FLOATS)],
+    gathers={"indices": ("W_dec", "f")},
     backward=_backward,
     setup_context=_save,
 )

@@ -42,6 +42,7 @@ def threshold_encode(
     precision: str = "exact",
     screen: Screen | None = None,
     capacity: int | None = None,
+    per_row: int | None = None,
 ) -> Thresholded:
     """Find every pre-activation above its feature's threshold, and those close to it.
 
@@ -68,9 +69,20 @@ def threshold_encode(
         screen: what `screen_weights(W_enc)` returned for these very weights; a bf16 one is used on
             a GPU.
         capacity: entries to make room for, in the code and in the window; without it the sizes
-            follow the data, for which a GPU reads two numbers back to the host. A graph of
+            follow the data, and the host waits for a GPU to tell them. A graph of
             torch.compile holds the op whole with a capacity, or without one where
             torch._dynamo.config.capture_dynamic_output_shape_ops is set.
+        per_row: candidates of a row that a GPU makes room for, 8 bytes each: entries, those of the
+            window, and what low precision cannot tell from them. None for f/64, at least 256, and
+            twice what a capacity has for each row, up to f/8. The answer is the same for any; rows
+            with more candidates are computed whole, f float32 dot products each, and again in the
+            second of two passes where more than 64 MiB of values are whole. `candidates` shows it:
+            where it is f for more than a few rows, pass more, or use the dense formula.
+
+    The dense formula, a linear layer and a comparison, is the better choice for dense codes, as
+    those of a ReLU SAE at initialisation, where half of all features are active. By the bytes that
+    are read and the operations of the product a GPU gains from sparse codes below about f/150
+    entries a row, or f/70 where W_dec stays in its cache.
 
     Returns:
         Thresholded(code, window, candidates); code and window are (values [m] in x's dtype,
@@ -80,11 +92,13 @@ def threshold_encode(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
-        ArgumentError: bandwidth, precision or capacity is out of its range, or there are more
-            entries than the capacity. While a CUDA graph is captured nothing can be raised: the
-            entries that do not fit are left out, and the candidates of their rows, like those of
-            rows with NaN or infinity, are -1.
+        ArgumentError: bandwidth, precision, capacity or per_row is out of its range, or there are
+            more entries than the capacity.
         NonFiniteError: an input or a pre-activation is NaN or infinite; the message names the rows.
+            On a GPU a later call raises this error and that of the capacity
+            (docs/inside_torch.md), and nothing does for a captured CUDA graph: entries that do not
+            fit are left out, and the candidates of their rows, like those of rows with a value that
+            is NaN or infinite, are -1.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, W_enc, b_enc, b_dec, through the values of the code; the window's values
@@ -110,9 +124,12 @@ def threshold_encode(
     if capacity is not None and capacity < 0:
         msg = f"{OP}: capacity must be at least 0, or None for what the data need, got {capacity}."
         raise ArgumentError(msg)
+    if per_row is not None and per_row < 1:
+        msg = f"{OP}: per_row must be at least 1, or None for what f suggests, got {per_row}."
+        raise ArgumentError(msg)
     out = _encode(
         x, W_enc, b_enc, b_dec, threshold, float(bandwidth), capacity, precision,
-        *shared.parts_of(screen),
+        *shared.parts_of(screen), per_row,
     )  # fmt: skip
     return Thresholded(Entries(*out[:3]), Entries(*out[3:6]), out[6])
 
@@ -129,6 +146,7 @@ def threshold_encode_reference(
     kind: str,
     shadow: Tensor | None,
     stats: Tensor | None,
+    per_row: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compare every pre-activation, a block of rows at a time."""
     n, f = x.shape[0], W_enc.shape[0]
@@ -200,7 +218,7 @@ def _backward(
     x, W_enc, b_dec, indices, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
     need = ctx.needs_input_grad  # type: ignore[attr-defined]
     grads = shared.backward(need, grad, indices, offsets, x, W_enc, b_dec)
-    return (*grads, *(None,) * 7)
+    return (*grads, *(None,) * 8)
 
 
 _encode = Op(
