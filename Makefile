@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 comma := ,
 CHANGED := $(shell find csrc CMakeLists.txt pyproject.toml -newer $(VENV)/.built 2>/dev/null | head -1)
 
-.PHONY: help env build demo test test-triton sanitize lint type bench bench-patching bench-shapley ci clean FORCE
+.PHONY: help env build demo test test-triton sanitize lint type bench bench-gpu bench-patching bench-shapley ci clean FORCE
 
 help:  ## what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -79,6 +79,11 @@ bench: $(VENV)/.env-bench $(VENV)/.built $(VENV)/.models  ## us, the peers and t
 
 bench-shapley: $(VENV)/.env-bench $(VENV)/.built  ## Shapley values and LIME: us, shap, captum, shapiq and lime (15 minutes)
 	$(PY) benchmarks/shapley.py
+
+bench-gpu: $(VENV)/.env-bench $(VENV)/.built  ## a CUDA card: correctness, kernels, whole steps beside their peers (three parts of 9 minutes)
+	$(PY) benchmarks/gpu.py --part 1 --out benchmarks/results
+	$(PY) benchmarks/gpu.py --part 2 --out benchmarks/results
+	$(PY) benchmarks/gpu.py --part 3 --out benchmarks/results
 
 # The peers of patching need newer packages than those of `bench`, so they get an environment of their own, torch first
 # again. microtome goes in as a wheel, so that ours and the peers run on one torch.
