@@ -37,6 +37,8 @@ def floors(case: Case) -> dict[str, dict[str, int]]:
     shadow = 2 * f * d + 16 * f  # 16-bit weights and their norms
     moved = 2 * 3 * 4 * (2 * f * d + f + d)  # read and write the parameter and two moments of each
     encode = {"bytes": shadow + x + code, "product": product, "flops": 2 * n * k * d}
+    decode = {"bytes": active + x + code, "product": 0, "flops": 2 * n * k * d}
+    offsets = 8 * (n + 1)  # of rows of any length
     loss = {"bytes": active + 2 * x + 2 * code, "product": 0, "flops": 4 * n * k * d}
     update = {
         "bytes": moved + shadow + 2 * x + 2 * code,
@@ -47,7 +49,10 @@ def floors(case: Case) -> dict[str, dict[str, int]]:
         "topk_encode": encode,
         "topk_encode fast": encode,
         "topk_encode cold": {**encode, "bytes": encode["bytes"] + 4 * f * d + shadow},
-        "sparse_decode": {"bytes": active + x + code, "product": 0, "flops": 2 * n * k * d},
+        "batch_topk_encode": {**encode, "bytes": encode["bytes"] + offsets},
+        "threshold_encode": {**encode, "bytes": encode["bytes"] + offsets},
+        "sparse_decode": decode,
+        "sparse_decode_csr": {**decode, "bytes": decode["bytes"] + offsets},
         "sae_loss": loss,
         "sae_update": update,
         "screen_weights": {"bytes": 4 * f * d + shadow, "product": 0, "flops": 6 * f * d},

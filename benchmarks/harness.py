@@ -32,7 +32,10 @@ CONTENDERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
         None,
         (
             "benchmarks.ops.bench_topk_encode",
+            "benchmarks.ops.bench_batch_topk_encode",
+            "benchmarks.ops.bench_threshold_encode",
             "benchmarks.ops.bench_sparse_decode",
+            "benchmarks.ops.bench_sparse_decode_csr",
             "benchmarks.ops.bench_sae_loss",
             "benchmarks.ops.bench_sae_update",
             "benchmarks.ops.bench_screen_weights",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.checks import within
-from benchmarks.harness import quartiles
+from benchmarks.harness import Subject, quartiles
 from benchmarks.machine import describe, isa
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,16 @@ class Contest:
     exact: Tensor
     picked: Callable[[Any], Tensor]
     figures: Mapping[str, float]
+
+
+def subject(run: Callable[[], Any], contest: Callable[[], Contest]) -> Subject:
+    """A row of the harness, its answer checked as the contest's is."""
+
+    def check() -> dict[str, Any]:
+        against = contest()  # not before memory has been read
+        return within("answer", against.picked(run()), against.plain, against.exact)
+
+    return Subject(run, check)
 
 
 def measure(contest: Contest, reps: int) -> dict[str, Any]:

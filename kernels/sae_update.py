@@ -35,7 +35,7 @@ SCALARS = ["key"]  # changes every step: not to be compiled for
 @triton.jit(do_not_specialize=SCALARS)
 def _encoder_kernel(
     grad_weight, source, flags, offsets, partial, x, W_enc, b_enc, m_W, v_W, m_b, v_b, shadow,
-    stats, centre, fired, touched,
+    stats, centre, fired, touched, verdict,
     n, f, d, turns, shadow_stride, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
@@ -43,6 +43,8 @@ def _encoder_kernel(
     BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
+        return
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
     of_bias = (lr, beta1, rest1, beta2, rest2, eps, 0.0, 1.0, correction)
     HELD: tl.constexpr = BL > 1 or BD <= 2048
@@ -128,13 +130,15 @@ def _encoder_kernel(
 @triton.jit(do_not_specialize=SCALARS)
 def _decoder_kernel(
     weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, touched,
-    n, f, d, turns, row_bytes, key,
+    verdict, n, f, d, turns, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
     PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, FLIGHT: tl.constexpr,
     CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
+        return
     rule = (lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction)
     SOON: tl.constexpr = BD <= 4096  # there are registers for it
     for turn in range(0, turns):
@@ -191,11 +195,13 @@ def _decoder_kernel(
 
 @triton.jit
 def _bias_kernel(
-    b_dec, base, centre, m_b, v_b, d, programs, scale,
+    b_dec, base, centre, m_b, v_b, verdict, d, programs, scale,
     lr, beta1, rest1, beta2, rest2, eps, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """b_dec's step: its gradient is scale * base less the programs' encoder parts."""
+    if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
+        return
     column = tl.program_id(0) * BD + tl.arange(0, BD)
     mask = column < d
     away = tl.zeros((BP, BD), tl.float32)
@@ -268,7 +274,7 @@ def launch(
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int,
-    rowsparse: bool, project: bool, renorm: bool, center: bool,
+    rowsparse: bool, project: bool, renorm: bool, center: bool, verdict: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
     latents.
@@ -276,6 +282,8 @@ def launch(
     All memory is taken before the first parameter is written: an out-of-memory error leaves them as
     they were. With a screen a step that went beyond float32 is an error: on a GPU that of a later
     call (_pending.py), while a CUDA graph is captured none.
+
+    verdict: [1] float32 on the device; where it is not 0, nothing is written and nothing has fired.
     """
     (n, _), (f, d) = indices.shape, W_enc.shape
     x, grad_out = x.contiguous(), grad_out.contiguous()
@@ -312,26 +320,27 @@ def launch(
         enc_partial = partial_sums(e.segments, e.grad_weight, e.source, x, x)
         base = grad_out.sum(0)
         centre = torch.empty(g.programs if center else 0, d, dtype=torch.float32, device=x.device)
-        fired, touched = (torch.empty(f, dtype=torch.int32, device=x.device) for _ in range(2))
+        fired, touched = (torch.zeros(f, dtype=torch.int32, device=x.device) for _ in range(2))
+        verdict = x.new_zeros(1) if verdict is None else verdict
         # From here on parameters change, and nothing is allocated.
         _encoder_kernel[(g.programs,)](
             e.grad_weight, e.source, e.flags, e.segments.offsets, enc_partial, x,
             W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else x, stats if refresh else x,
-            centre, fired, touched,
+            centre, fired, touched, verdict,
             n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
             _signed(step_key(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
             ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, BE=32, **tiles, **options,
         )  # fmt: skip
         _decoder_kernel[(g.programs,)](
             e.weight, e.source, e.segments.offsets, dec_partial, grad_out, other, W_dec, m_D, v_D,
-            touched, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
+            touched, verdict, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
             *rule, decay, shrink, correction, **kinds, **state, ROWSPARSE=rowsparse,
             PROJECT=project, RENORM=renorm, TABLES=1 if other is grad_out else 2, **tiles,
             **options,
         )  # fmt: skip
         _bias_kernel[(triton.cdiv(d, 32),)](
-            b_dec, base, centre, m_d, v_d, d, len(centre), scale, *rule, correction, **kinds,
-            BP=128, BD=32, enable_fp_fusion=True,
+            b_dec, base, centre, m_d, v_d, verdict, d, len(centre), scale, *rule, correction,
+            **kinds, BP=128, BD=32, enable_fp_fusion=True,
         )  # fmt: skip
     if refresh and stats is not None:
         look_after_writing("sae_update", "W_enc", W_enc, norms=stats[:, 1])

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from microtome import SAE, TopK, TrainConfig, ops
+from microtome import SAE, TopK, TrainConfig, ops, synchronize
 from microtome._seed import generator
+from microtome.errors import NonFiniteError
 from microtome.ops import ADD, REPLACE
 from microtome.ops._registry import OPS
 from microtome.ops.sae_update import Code, UpdateRule, moments_for
@@ -186,6 +187,16 @@ def test_repeats_give_the_same_bits_on_streams_of_their_own(name: str, device: s
         assert equal(again, first)
 
 
+# Each with sizes that are known without the data.
+ENCODERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "topk_encode": lambda t: ops.topk_encode(t["x"], t["W_enc"], t["b_enc"], k=16),
+    "batch_topk_encode": lambda t: ops.batch_topk_encode(t["x"], t["W_enc"], t["b_enc"], k=16),
+    "threshold_encode": lambda t: ops.threshold_encode(
+        t["x"], t["W_enc"], t["b_enc"], bandwidth=0.1, capacity=t["x"].shape[0] * SIZES.f
+    ),
+}
+
+
 @contextmanager
 def waits(mode: str) -> Iterator[None]:
     """Inside the block a wait for the device is an error, or a warning."""
@@ -210,11 +221,11 @@ def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
-@pytest.mark.parametrize("name", ["topk_encode", "sae_loss", "sae_update"])
+@pytest.mark.parametrize("name", [*ENCODERS, "sae_loss", "sae_update"])
 def test_a_captured_op_answers_what_lies_in_its_inputs_at_replay(name: str, device: str) -> None:
     t = sae(device)
     call = {
-        "topk_encode": lambda: ops.topk_encode(t["x"], t["W_enc"], t["b_enc"], k=16),
+        **{name: partial(encoder, t) for name, encoder in ENCODERS.items()},
         "sae_loss": lambda: ops.sae_loss(t["x"], t["values"], t["indices"], t["W_dec"]),
         "sae_update": lambda: update(t),
     }[name]
@@ -244,6 +255,28 @@ def test_the_ops_of_a_step_never_wait_for_the_device(device: str) -> None:
     torch.cuda.synchronize()
     with waits("error"):
         step()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_never_waits_for_the_device(name: str, device: str) -> None:
+    t = sae(device)
+    ENCODERS[name](t)  # compiles
+    torch.cuda.synchronize()
+    with waits("error"):
+        ENCODERS[name](t)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_a_step_on_wrong_inputs_changes_not_a_bit(device: str) -> None:
+    t = sae(device)
+    before = {name: t[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    t["x"][3, 5] = float("nan")
+    fired, params, _ = update(t)
+    assert all(map(torch.equal, params, before.values()))
+    assert not fired.any()
+    with pytest.raises(NonFiniteError, match="sae_update: x holds NaN or infinity in row 3"):
+        synchronize()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])

@@ -130,17 +130,6 @@ def test_the_verdict_stays_on_the_device_for_kernels_that_must_not_write(gpu: Pa
     assert len(gpu.events) == 2  # a captured graph reads nothing back
 
 
-def test_an_op_that_must_not_write_waits_for_its_own_check_alone(gpu: PaperGpu) -> None:
-    ask("earlier", 0)
-    look = Look("update", CPU)
-    look.finite("x", torch.tensor([[1.0], [NAN]]))
-    text = r"^update: x holds NaN or infinity in row 1, the first such row\. Drop or repair such"
-    with pytest.raises(errors.NonFiniteError, match=text) as raised:
-        look.settle()
-    assert not raised.value.late
-    assert [event.waited for event in gpu.events] == [0, 1]
-
-
 def test_answers_are_taken_in_order_and_later_errors_counted(gpu: PaperGpu) -> None:
     for number in range(4):
         ask(f"op_{number}", *([0] if number else []))
@@ -257,7 +246,6 @@ def test_on_a_cpu_every_look_is_made_now() -> None:
     with pytest.raises(errors.ArgumentError, match=r"must lie in \[0, f=2\), got 2\."):
         look.indices("indices", torch.tensor([[2]]), 2)
     assert look.submit() is None
-    look.settle()
 
 
 def test_a_check_after_writing_is_let_go_where_memory_is_short(

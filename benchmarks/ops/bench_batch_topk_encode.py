@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.harness import Subject
 from benchmarks.inputs import Inputs, gaussian
-from benchmarks.side_by_side import Contest, main
+from benchmarks.side_by_side import Contest, main, subject
 from microtome.ops import batch_topk_encode
 from microtome.testing import BENCH_CASES, Case
 
@@ -30,15 +31,18 @@ def largest(answer: tuple[Any, ...]) -> Tensor:
     return values.sort(descending=True).values
 
 
-def encode(case: Case) -> Contest:
+def ours(i: Inputs) -> Any:
+    """Our answer."""
+    return batch_topk_encode(i.x, i.W_enc, i.b_enc, i.b_dec, k=i.case.k)
+
+
+def encode(i: Inputs) -> Contest:
     """The encoder of a BatchTopK SAE."""
-    i = gaussian(case)
+    case = i.case
     wide = linear(i.x.double() - i.b_dec.double(), i.W_enc.double(), i.b_enc.double())
     return Contest(
         ways={
-            "batch_topk_encode": lambda: batch_topk_encode(
-                i.x, i.W_enc, i.b_enc, i.b_dec, k=case.k
-            ),
+            "batch_topk_encode": lambda: ours(i),
             "torch: product, flat top k": lambda: flat(i),
         },
         unit=("x W_enc^T", lambda: i.x @ i.W_enc.T),
@@ -49,7 +53,18 @@ def encode(case: Case) -> Contest:
     )
 
 
-CASES = {case.name: functools.partial(encode, case) for case in BENCH_CASES}
+def prepare(i: Inputs) -> Subject:
+    """The same for the harness."""
+    return subject(lambda: ours(i), lambda: encode(i))
+
+
+def of_case(case: Case) -> Contest:
+    """The same on Gaussian inputs."""
+    return encode(gaussian(case))
+
+
+CASES = {case.name: functools.partial(of_case, case) for case in BENCH_CASES}
+OPS = {"batch_topk_encode": prepare}
 
 if __name__ == "__main__":
     main("batch_topk_encode", CASES)

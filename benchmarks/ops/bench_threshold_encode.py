@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.harness import Subject
 from benchmarks.inputs import Inputs, gaussian
-from benchmarks.side_by_side import Contest, main
+from benchmarks.side_by_side import Contest, main, subject
 from microtome.ops import threshold_encode
 from microtome.testing import BENCH_CASES, Case
 
@@ -24,18 +25,24 @@ def dense(i: Inputs, threshold: Tensor) -> tuple[Tensor]:
     return (z * (z > threshold),)
 
 
-def strongest(answer: Any) -> Tensor:
+def strongest(answer: Any, many: int) -> Tensor:
     """The largest values, in descending order."""
     values: Tensor = answer[0][0] if isinstance(answer[0], tuple) else answer[0]
-    return values.flatten().topk(1000).values
+    return values.flatten().topk(many).values
 
 
-def encode(case: Case, bandwidth: float) -> Contest:
-    """The encoder of a JumpReLU SAE whose threshold leaves about k entries a row."""
-    i = gaussian(case)
+def threshold_of(i: Inputs) -> Tensor:
+    """[f], all alike, such that about k entries a row lie above it."""
+    z = linear(i.x[:32].double() - i.b_dec.double(), i.W_enc.double(), i.b_enc.double())
+    border = float(z.flatten().topk(len(z) * i.case.k).values[-1])
+    return torch.full((i.case.f,), border)
+
+
+def encode(i: Inputs, bandwidth: float) -> Contest:
+    """The encoder of a JumpReLU SAE."""
+    case, threshold = i.case, threshold_of(i)
+    many = min(1000, case.n * case.k // 2)
     wide = linear(i.x.double() - i.b_dec.double(), i.W_enc.double(), i.b_enc.double())
-    border = float(wide[:32].flatten().topk(32 * case.k).values[-1])
-    threshold = torch.full((case.f,), border)
     return Contest(
         ways={
             "threshold_encode": lambda: threshold_encode(
@@ -44,15 +51,28 @@ def encode(case: Case, bandwidth: float) -> Contest:
             "torch: product, comparison": lambda: dense(i, threshold),
         },
         unit=("x W_enc^T", lambda: i.x @ i.W_enc.T),
-        plain=strongest(dense(i, threshold)),
-        exact=wide.flatten().topk(1000).values,
-        picked=strongest,
+        plain=strongest(dense(i, threshold), many),
+        exact=wide.flatten().topk(many).values,
+        picked=lambda answer: strongest(answer, many),
         figures={"n": case.n, "d": case.d, "f": case.f, "k": case.k, "bandwidth": bandwidth},
     )
 
 
+def prepare(i: Inputs) -> Subject:
+    """The same for the harness, without a window."""
+    threshold = threshold_of(i)
+    run = lambda: threshold_encode(i.x, i.W_enc, i.b_enc, i.b_dec, threshold=threshold)  # noqa: E731
+    return subject(run, lambda: encode(i, 0.0))
+
+
+def of_case(case: Case, bandwidth: float) -> Contest:
+    """The same on Gaussian inputs."""
+    return encode(gaussian(case), bandwidth)
+
+
+OPS = {"threshold_encode": prepare}
 CASES = {
-    f"{case.name}{suffix}": functools.partial(encode, case, bandwidth)
+    f"{case.name}{suffix}": functools.partial(of_case, case, bandwidth)
     for case in BENCH_CASES
     for suffix, bandwidth in (("", 0.0), (" window", 0.1))
 }

@@ -29,7 +29,7 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
                             const CodeArguments& code, const CodeArguments& aux, uintptr_t x,
                             const std::array<bool, 3>& kinds, const std::array<float, 9>& numbers,
                             const std::array<uintptr_t, 12>& states, const std::array<uintptr_t, 3>& screen,
-                            uintptr_t centre, const std::array<bool, 3>& options, uintptr_t stream) {
+                            uintptr_t centre, uintptr_t verdict, const std::array<bool, 3>& options, uintptr_t stream) {
     const auto& a = entries;
     const auto& s = states;
     const Entries e{a[0], a[1], a[2],  a[3],  a[4],     a[5],     a[6],     a[7],
@@ -44,6 +44,7 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
                         screen[1],
                         static_cast<int64_t>(screen[2]),
                         centre,
+                        verdict,
                         options[0],
                         options[1],
                         options[2]};

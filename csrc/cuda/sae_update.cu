@@ -195,6 +195,9 @@ __device__ void update_decoder(const Entries& e, const Tables& tables, const Rul
     for (int i = 0; i < kItems; ++i) store4<kWhole>(weights, column(i), d, p[i]);
 }
 
+// Whether the verdict is there and forbids to write.
+__device__ bool is_refused(uintptr_t verdict) { return verdict && *at<const float>(verdict) != 0.0f; }
+
 // Threads of a block at most, and blocks that share an SM at least: what keeps the registers of each tile from
 // spilling.
 template <int kItems, bool kWhole>
@@ -212,6 +215,7 @@ __global__ void __launch_bounds__(Bounds<kItems, kWhole>::kThreads, Bounds<kItem
     MICROTOME_SHARED(int32_t, source, kChunk);
     MICROTOME_SHARED(float, scratch, 3 * kTurnsShared);
     const int d = static_cast<int>(e.d), threads = static_cast<int>(blockDim.x), me = static_cast<int>(threadIdx.x);
+    if (is_refused(u.verdict)) return;
     if (u.centre) {
         for (int i = 0; i < kItems; ++i) centre[i * threads + me] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -248,11 +252,13 @@ __global__ void __launch_bounds__(Bounds<kItems, kWhole>::kThreads, Bounds<kItem
 }
 
 // 32 columns of b_dec: rows of grad_out and of `centre` in 32 strands, strands as a tree.
-__global__ void __launch_bounds__(1024) bias_kernel(const float* grad_out, const float* centre, float scale, int64_t n,
-                                                    int64_t programs, int64_t d, Rule rule, State b_dec) {
+__global__ void __launch_bounds__(1024)
+    bias_kernel(const float* grad_out, const float* centre, float scale, int64_t n, int64_t programs, int64_t d,
+                Rule rule, State b_dec, uintptr_t verdict) {
     MICROTOME_SHARED(float, strands, 32 * 33);
     const int lane = static_cast<int>(threadIdx.x), strand = static_cast<int>(threadIdx.y);
     const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+    if (is_refused(verdict)) return;
     float sum = 0.0f, before = 0.0f;
     if (column < d) {
 #pragma unroll 8
@@ -314,7 +320,7 @@ void sae_update(const Entries& e, const Code& code, const Code& aux, uintptr_t x
     }
     const Geometry geometry{dim3(static_cast<unsigned>((e.d + 31) / 32)), dim3(32, 32), 0, stream};
     launch("sae_update: b_dec", bias_kernel, geometry, tables.grad_out, at<const float>(u.centre), code.scale, e.n,
-           u.centre ? update_programs(e.f) : 0, e.d, rule, u.b_dec);
+           u.centre ? update_programs(e.f) : 0, e.d, rule, u.b_dec, u.verdict);
 }
 
 }  // namespace microtome::cuda

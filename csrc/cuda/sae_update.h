@@ -56,7 +56,8 @@ struct Update {
     State W_enc, b_enc, W_dec, b_dec;
     uintptr_t shadow, stats;  // [f, stride] bf16 and [f, 4] float32, or 0
     int64_t stride;
-    uintptr_t centre;  // [update_programs(f), d] float32, or 0: the encoder's input was not centred
+    uintptr_t centre;   // [update_programs(f), d] float32, or 0: the encoder's input was not centred
+    uintptr_t verdict;  // [1] float32, or 0; where it is not 0, an input is wrong and nothing is written
     bool rowsparse, project, renorm;
 };
 

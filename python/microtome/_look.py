@@ -99,37 +99,16 @@ class Look:
             wrong: 0, or NaN. None where all was looked at already. While a CUDA graph is captured
             the verdict is all there is: nothing is read back, and nothing raised.
         """
-        verdict, check = self._ask()
-        if check is not None:
-            pending.wait_for(check)
-        return verdict
-
-    def settle(self) -> None:
-        """Wait for the answer and raise: for an op that must not write when something is wrong.
-
-        Raises:
-            NonFiniteError, ArgumentError: something is. While a CUDA graph is captured nothing is
-                raised.
-        """
-        _, check = self._ask()
-        if check is not None:
-            check.event.synchronize()
-            error = check.error(late=False)
-            if error is not None:
-                raise error
-
-    def _ask(self) -> tuple[Tensor | None, pending.Check | None]:
         if not self._health:
-            return None, None
+            return None
         health = torch.cat(self._health)  # of the widest dtype: no number overflows here
         # Zero where finite, else NaN, which max prefers; of several the first.
         value, place = torch.sub(health, health).max(0, keepdim=True)
         if pending.gpu.capturing():
-            return value.float(), None
+            return value.float()
         copies, event = pending.gpu.fetch([value, place])
-        return value.float(), pending.Check(
-            self.op, self.device, tuple(self._pieces), copies, event
-        )
+        pending.wait_for(pending.Check(self.op, self.device, tuple(self._pieces), copies, event))
+        return value.float()
 
 
 def look_after_writing(op: str, name: str, tensor: Tensor, norms: Tensor) -> None:

@@ -86,7 +86,7 @@ class Check(NamedTuple):
     answer: list[Tensor]
     event: Event
 
-    def error(self, late: bool = True) -> MicrotomeError | None:
+    def error(self) -> MicrotomeError | None:
         """The error that the answer stands for; only once the event has passed."""
         value, place = self.answer
         if float(value) == 0.0:
@@ -96,17 +96,13 @@ class Check(NamedTuple):
             if row < piece.rows:
                 break
             row -= piece.rows
-        msg = f"{self.op}: {piece.what} in row {row}, the first such row"
-        if late:
-            msg += (
-                f", in an earlier call on {self.device}: what it returned, and what was made of "
-                "it, is not to be trusted. Use microtome.check_now() or MICROTOME_SYNC_CHECKS=1 "
-                "to raise in the call itself."
-            )
-        else:
-            msg += ". Drop or repair such rows."
+        msg = (
+            f"{self.op}: {piece.what} in row {row}, the first such row, in an earlier call on "
+            f"{self.device}: what it returned, and what was made of it, is not to be trusted. Use "
+            "microtome.check_now() or MICROTOME_SYNC_CHECKS=1 to raise in the call itself."
+        )
         error = piece.kind(msg)
-        error.late = late
+        error.late = True
         return error
 
 

@@ -246,7 +246,7 @@ def test_a_fused_step_reads_a_gpu_once_and_once_more_for_auxk(monkeypatch, n_dea
     step.since_fired[:n_dead] = step.config.dead_after_tokens
     # What is checked at once on a CPU only.
     monkeypatch.setattr(_check, "readable", lambda tensor: False)
-    monkeypatch.setattr(_sae_update_inputs, "check_contents", lambda *_: None)
+    monkeypatch.setattr(_sae_update_inputs, "check_contents", lambda c, x, aux, f: (c, aux, None))
     lists = []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda t: (lists.append(t), tolist(t))[1])

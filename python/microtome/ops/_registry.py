@@ -223,7 +223,8 @@ class Op:
 
     def _cast(self, *args: Any) -> Any:
         """The op inside `torch.autocast`: autograd sees the casts, a compiled graph too."""
-        names = ["" if name in self.mutates else name for name in self.arguments]
+        given = self.arguments[: len(args)]  # the dispatcher leaves out defaults at the end
+        names = ["" if name in self.mutates else name for name in given]
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.torch_op(*_autocast.cast(self.name, names, args))
 

@@ -46,6 +46,7 @@ def update(
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
+    verdict: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sae_update`: sort the entries by latent; a block updates both rows of a run of latents.
 
@@ -78,6 +79,7 @@ def update(
             empty(f, dtype=torch.int32), empty(slots, d), empty(slots, d),
         )  # fmt: skip
         centre = empty(native.update_programs(f), d) if center else None
+        # Where the verdict is not 0, fired is all of this that is written.
         native.sae_update(
             [t.data_ptr() for t in entries], [m, n, d, f],
             ([*(t.data_ptr() for t in main), indices.shape[1]], scale),
@@ -91,7 +93,8 @@ def update(
             )],
             [_native.address(shadow), _native.address(stats),
              0 if shadow is None else shadow.stride(0)],
-            _native.address(centre), [rowsparse, project, renorm], _native.stream(x),
+            _native.address(centre), _native.address(verdict), [rowsparse, project, renorm],
+            _native.stream(x),
         )  # fmt: skip
     if stats is not None:
         look_after_writing("sae_update", "W_enc", W_enc, norms=stats[:, 1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from microtome import _check
+from microtome import _pending as pending
 from microtome._look import Look
 from microtome.errors import ArgumentError, DtypeError
 from microtome.ops import _sae_update_states as states
@@ -225,18 +226,36 @@ def _check_moments(params: Params, moments: list[Tensor | None], rule: UpdateRul
             raise ArgumentError(msg)
 
 
-def check_contents(code: Code, x: Tensor, aux: Code | None, f: int) -> None:
-    """Indices in range and numbers finite: one NaN here would spread over every parameter."""
+def check_contents(
+    code: Code, x: Tensor, aux: Code | None, f: int
+) -> tuple[Code, Code | None, Tensor | None]:
+    """Indices in range and numbers finite: one NaN here would spread over every parameter.
+
+    Returns:
+        The codes, and None. On a GPU nothing waits for the answer: the codes have their indices
+        clamped into the range, and with them comes a verdict [1] float32 on the device, 0 or NaN,
+        under which nothing may be written; a later call raises.
+    """
     op = "sae_update"
     look = Look(op, x.device)
     look.finite("x", x)
+    seen: list[Code | None] = []
     for prefix, c in (("", code), ("aux_", aux)):
         if c is not None:
-            look.indices(f"{prefix}indices", c.indices, f)
+            c = replace(c, indices=look.indices(f"{prefix}indices", c.indices, f))
             look.finite(f"{prefix}values", c.values)
             look.finite(f"{prefix}grad_values", c.grad_values)
             look.finite(f"{prefix}grad_out", c.grad_out)
             if not math.isfinite(c.scale):
                 msg = f"{op}: scale must be finite, got scale={c.scale}."
                 raise ArgumentError(msg)
-    look.settle()  # on a GPU the one wait of a step: what is wrong must not reach the parameters
+        seen.append(c)
+    checked, aux = seen
+    assert checked is not None
+    return checked, aux, look.submit()
+
+
+def refused(verdict: Tensor | None) -> bool:
+    """Whether a verdict forbids to write, for a backend that cannot ask for it on the device: it
+    waits. While a CUDA graph is captured it cannot, and False is all there is to say."""
+    return verdict is not None and not pending.gpu.capturing() and float(verdict) != 0.0

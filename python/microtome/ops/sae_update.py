@@ -61,6 +61,8 @@ def sae_update(
             changed.
         NonFiniteError: an input holds NaN or infinity; nothing has been changed. Or, with a screen
             only, the step itself took a row of W_enc beyond float32; the parameters have moved.
+            On a GPU this and an index out of range raise in a later call (docs/inside_torch.md):
+            the kernels know and write nothing, nor does a captured CUDA graph, and fired is 0.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic for any thread count: entries are sorted by latent, long
@@ -76,8 +78,9 @@ def sae_update(
     inputs.check_types(code, x, params, aux)
     inputs.check_rule(rule, step)
     inputs.check_state(params, moments, rule, screen)
+    verdict = None
     if not torch.compiler.is_compiling():
-        inputs.check_contents(code, x, aux, sizes["f"])
+        code, aux, verdict = inputs.check_contents(code, x, aux, sizes["f"])
     fired: Tensor = _update(
         code.indices, code.values, code.grad_values, code.grad_out, code.scale,
         *((aux.indices, aux.values, aux.grad_values, aux.grad_out, aux.scale)
@@ -85,7 +88,7 @@ def sae_update(
         x, *params, *moments,
         *((screen.kind, screen.shadow, screen.stats) if screen else ("", None, None)),
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, step,
-        rule.rowsparse, rule.project, rule.renorm, center,
+        rule.rowsparse, rule.project, rule.renorm, center, verdict,
     )  # fmt: skip
     return fired
 
@@ -127,9 +130,12 @@ def sae_update_reference(
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
+    verdict: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dense gradients by index_add, then the rule on every tensor."""
     f = W_enc.shape[0]
+    if inputs.refused(verdict):
+        return torch.zeros(f, dtype=torch.int32, device=x.device)
     # Parameters may be leaves that require grad.
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (W_enc, b_enc, W_dec, b_dec))
     dW_enc, dW_dec, db_enc = (
@@ -211,7 +217,8 @@ def sae_update_cpu(
     *rest: Tensor | str | float | None,
 ) -> Tensor:  # fmt: skip
     """One pass in C++, csrc/cpu/sae_update.cpp."""
-    moments, (kind, shadow, stats, *rule) = rest[:8], rest[8:]
+    # After these comes the verdict: none on a CPU, where everything was looked at before.
+    moments, (kind, shadow, stats, *rule) = rest[:8], rest[8:22]
     n, k = indices.shape
     f, d = W_enc.shape
     fired = torch.empty(f, dtype=torch.int32)
