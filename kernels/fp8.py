@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from microtome._look import Look
-from microtome.ops.screen_weights import stride
 
 
 @triton.jit
@@ -109,11 +108,12 @@ def rows(source: Tensor, subtract: Tensor | None) -> tuple[Tensor, Tensor]:
         scale, norm, norm of what rounding lost, 0.
     """
     m, d = source.shape
-    shadow = torch.empty(m, stride(d, "fp8"), dtype=torch.uint8, device=source.device)
+    width = max(triton.cdiv(d, 128), 1) * 128
+    shadow = torch.empty(m, width, dtype=torch.uint8, device=source.device)
     stats = torch.empty(m, 4, dtype=torch.float32, device=source.device)
     BR = ROWS if source.is_cuda else 128
     _rows_kernel[(triton.cdiv(m, BR),)](
-        source, source if subtract is None else subtract, shadow, stats, m, d, shadow.stride(0),
+        source, source if subtract is None else subtract, shadow, stats, m, d, width,
         HAS_SUBTRACT=subtract is not None, BR=BR, **OPTIONS,
     )  # fmt: skip
     return shadow, stats
