@@ -28,11 +28,27 @@ def rounded(value, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b^T in float32.
+
+    Hopper adds products of e4m3 with some 14 bits; they are moved to float32 after every 128
+    columns, which is what such a tile must have.
+    """
+    if UPCAST:
+        acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
+    elif a.dtype == tl.float8e4nv:
+        acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=128)
+    else:
+        acc = tl.dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
 def products(
     x, W, row, feature, rows, f, d, x_stride, w_stride,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] products of bf16 rows, accumulated in float32."""
+    """[BM, BN] products of bf16 or e4m3 rows, accumulated in float32."""
     acc = tl.zeros((BM, BN), tl.float32)
     x_row = x + row.to(tl.int64)[:, None] * x_stride
     w_row = W + feature.to(tl.int64)[:, None] * w_stride
@@ -40,9 +56,7 @@ def products(
         i = (start + tl.arange(0, BD))[None, :]
         a = tl.load(x_row + i, mask=(row < rows)[:, None] & (i < d), other=0.0)
         b = tl.load(w_row + i, mask=(feature < f)[:, None] & (i < d), other=0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc)
+        acc = multiply(a, b, acc, UPCAST)
     return acc
 
 
@@ -58,9 +72,7 @@ def described_products(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, d, BD):
         a, b = x.load([row, start]), W.load([feature, start])
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc)
+        acc = multiply(a, b, acc, UPCAST)
     return acc
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import fp8
 from microtome.kernels import topk_narrow as narrow
 from microtome.kernels import topk_select as select
 from microtome.kernels.bf16 import described_products, products, shadow_rows
@@ -60,6 +61,10 @@ class Plan:
         rank: the threshold is the rank-th largest of them.
         slots: rows repaired at once; more are repaired one after another.
         BM, BN, BD: rows, features and columns of a tile of products.
+        sigmas: 0: the screen is bf16, and its bound proved. Else it is e4m3, and its bound so many
+            standard deviations of a model (docs/exactness.md).
+        repair: with sigmas: a row whose error is seen to be more standard deviations is computed
+            whole.
     """
 
     rows: int
@@ -72,10 +77,12 @@ class Plan:
     BM: int
     BN: int = 128
     BD: int = 64
+    sigmas: float = 0.0
+    repair: float = 0.0
 
 
-def plan(n: int, f: int, k: int, BN: int = 128) -> Plan:
-    """Sizes for n rows, f features, k active, tiles of BN features.
+def plan(n: int, f: int, k: int, BN: int = 128, sigmas: float = 0.0, repair: float = 0.0) -> Plan:
+    """Sizes for n rows, f features, k active, tiles of BN features; sigmas, repair as in Plan.
 
     The sample's rank aims at 2 k features at or above the threshold, plus four standard deviations
     of how many of those the sample holds: a row that fails costs more than a long list. So does a
@@ -90,17 +97,20 @@ def plan(n: int, f: int, k: int, BN: int = 128) -> Plan:
     portion = max(f / min(width, f), 1.0) if f else 1.0
     mean = 2 * k / portion
     rank = math.ceil(mean + 4 * math.sqrt(mean)) + 1
-    wanted = rank * portion * (3 + 8 / math.sqrt(rank))
+    wanted = rank * portion * (3 + 8 / math.sqrt(rank)) * (1.25 if sigmas else 1)
     capacity = min(64 * math.ceil(wanted / 64), f)
     group = 16
     while group > 1 and width // group < 4 * rank:
         group //= 2
     BM = min(max(triton.next_power_of_2(max(n, 1)), 16), 128)
-    most = max(WORKSPACE // (8 * capacity + 4 * width) // BM, 1)  # tiles of rows in the workspace
+    entry = 12 if sigmas else 8  # bytes
+    most = max(WORKSPACE // (entry * capacity + 4 * width) // BM, 1)  # tiles in the workspace
     blocks = triton.cdiv(max(n, 1), most * BM)
     rows = triton.cdiv(triton.cdiv(max(n, 1), blocks), BM) * BM
     slots = max(1, min(WORKSPACE // (4 * max(f, 1)), n, rows))
-    return Plan(rows, capacity, stride, group, width // group, rank, slots, BM, BN)
+    BD = 128 if sigmas else 64
+    groups = width // group
+    return Plan(rows, capacity, stride, group, groups, rank, slots, BM, BN, BD, sigmas, repair)
 
 
 @triton.jit
@@ -119,35 +129,43 @@ def _tile(rows, tiles, BM: tl.constexpr, GROUP_ROWS):
 
 @triton.jit
 def _scores(
-    x, W, b_enc, row, feature, rows, f, d, x_stride, w_stride, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
+    x, x_stats, W, w_stats, b_enc, row, feature, rows, f, d, x_stride, w_stride,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] scores of the tiles at `row` and `feature`; -inf from feature f on."""
+    """[BM, BN] scores of the tiles at `row` and `feature`; -inf from feature f on.
+
+    FP8: rows have scales, whose products neither overflow nor vanish: none is below 2^-60.
+    """
     column = feature + tl.arange(0, BN)
+    line = row + tl.arange(0, BM)
     if TMA:
         score = described_products(x, W, row, feature, d, BM, BN, BD, UPCAST)
     else:
-        line = row + tl.arange(0, BM)
         score = products(x, W, line, column, rows, f, d, x_stride, w_stride, BM, BN, BD, UPCAST)
     if HAS_BIAS:
         bias = tl.load(b_enc + column, mask=column < f, other=float("-inf")).to(tl.float32)
     else:
         bias = tl.where(column < f, 0.0, float("-inf"))
+    if FP8:
+        x_scale = tl.load(x_stats + line * 4, mask=line < rows, other=1.0)
+        w_scale = tl.load(w_stats + column.to(tl.int64) * 4, mask=column < f, other=1.0)
+        score *= x_scale[:, None] * w_scale[None, :]
     return score + bias[None, :]
 
 
 @triton.jit
 def _sample_kernel(
-    x, W, b_enc, sample, rows, f, d, x_stride, w_stride, width, stride, group_rows,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr,
+    x, x_stats, W, w_stats, b_enc, sample, rows, f, d, x_stride, w_stride, width, stride,
+    group_rows, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """sample [rows, width]: the scores of tiles 0, stride, 2 stride, ... of features."""
     row_tile, tile = _tile(rows, width // BN, BM, group_rows)
     feature = tile * stride * BN
     score = _scores(
-        x, W, b_enc, row_tile * BM, feature, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN, BD,
-        UPCAST, TMA,
+        x, x_stats, W, w_stats, b_enc, row_tile * BM, feature, rows, f, d, x_stride, w_stride,
+        HAS_BIAS, BM, BN, BD, UPCAST, TMA, FP8,
     )  # fmt: skip
     row = row_tile * BM + tl.arange(0, BM)
     place = row.to(tl.int64)[:, None] * width + (tile * BN + tl.arange(0, BN))[None, :]
@@ -156,10 +174,10 @@ def _sample_kernel(
 
 @triton.jit
 def _filter_kernel(
-    x, x_stats, W, tops, b_enc, theta, count, index, value, rows, f, d, x_stride, w_stride, tiles,
-    stride, capacity, group_rows, unit,
+    x, x_stats, W, w_stats, tops, b_enc, theta, count, index, value, rows, f, d, x_stride, w_stride,
+    tiles, stride, capacity, group_rows, unit,
     HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, LEAF: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Append every feature whose float32 value may reach the row's threshold, of tiles not sampled.
 
@@ -178,6 +196,9 @@ def _filter_kernel(
     margin for the rounding of this very expression, drops no feature with value >= theta. What the
     tile's largest norms let through beyond a feature's own is dropped by `topk_narrow`.
 
+    FP8: the same with e4m3 shadows, the scores scaled, and for E so many standard deviations of a
+    model of the errors, which proves nothing: `topk_narrow._observed_kernel` looks how it did.
+
     No score is NaN and none overflows: `topk_narrow.threshold_kernel` sets theta to +inf (keep
     none; the row fails) where N |w| or N |w - wb| reaches 2^125, and to NaN where a norm is NaN.
     """
@@ -185,11 +206,11 @@ def _filter_kernel(
     tile = tile + tile // (stride - 1) + 1  # leaves out the sampled ones
     row = row_tile * BM + tl.arange(0, BM)
     score = _scores(
-        x, W, b_enc, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN,
-        BD, UPCAST, TMA,
+        x, x_stats, W, w_stats, b_enc, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride,
+        HAS_BIAS, BM, BN, BD, UPCAST, TMA, FP8,
     )  # fmt: skip
     lowest = narrow.lowest_score(
-        theta, x_stats, tl.load(tops + tile * 2), tl.load(tops + tile * 2 + 1), row, rows, unit
+        theta, x_stats, tl.load(tops + tile * 2), tl.load(tops + tile * 2 + 1), row, rows, unit, FP8
     )
     append_scores(score, lowest, row, tile * BN, f, count, index, value, capacity, BM, BN, LEAF)
 
@@ -222,12 +243,14 @@ def run(
     p: Plan, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int,
     screen: tuple[Tensor, Tensor] | None = None, tma: bool | None = None,
     fill: Fill | None = None, choose: select.Choose | None = None,
+    observed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch` cut up as `p` says; the answer is the same for every plan.
 
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
     fill, choose: fill the lists of some rows, without scores, and choose the best of them, in place
     of the kernels here.
+    observed: [n] float32, with p.sigmas: the largest error seen, in standard deviations.
     """
     n, f = x.shape[0], W_enc.shape[0]
     values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int32, device=x.device)
@@ -238,7 +261,7 @@ def run(
     if not x.is_cuda:  # interpreted: numpy would warn about NaN first
         _look(x, W_enc, b_enc, b_dec, None)
     with torch.cuda.device_of(x):
-        shadow = screen_of(W_enc, screen) if p.capacity < f and n else None
+        shadow = screen_of(p, W_enc, screen) if p.capacity < f and n else None
         tops = None if shadow is None else narrow.tops(shadow[1], p.BN)
         for first in range(0, n, p.rows):
             rows = slice(first, min(first + p.rows, n))
@@ -247,7 +270,10 @@ def run(
                 fill(p, x[rows], b_dec, *shadow, b_enc, lists)
             elif shadow is not None and tops is not None:
                 x_stats = _screen(p, x[rows], b_dec, *shadow, tops, b_enc, lists, tma)
-                narrow.values(lists, x[rows], x_stats, W_enc, shadow[1], b_enc, b_dec, k)
+                narrow.values(
+                    lists, x[rows], x_stats, W_enc, shadow[1], b_enc, b_dec, k, p.sigmas, p.repair,
+                    None if observed is None else observed[rows],
+                )  # fmt: skip
             select.answer(
                 lists, x[rows], W_enc, b_enc, b_dec, k, p.slots, values[rows], indices[rows],
                 candidates[rows], valued=shadow is not None and fill is None,
@@ -258,11 +284,21 @@ def run(
     return values, indices, candidates
 
 
-def screen_of(W_enc: Tensor, screen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """bf16 rows of W_enc and their statistics: those given, or made in one pass over W_enc."""
-    if screen is not None:
-        return screen[0].view(torch.bfloat16), screen[1]
-    made: tuple[Tensor, Tensor] = shadow_rows(W_enc, None)
+def screen_of(
+    p: Plan, W_enc: Tensor, screen: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Low-precision rows of W_enc and their statistics: those given, or made from W_enc."""
+    if screen is None:
+        return shadows(p, W_enc, None)
+    return screen[0].view(torch.float8_e4m3fn if p.sigmas else torch.bfloat16), screen[1]
+
+
+def shadows(p: Plan, source: Tensor, subtract: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows less `subtract` in the precision of the plan, and their statistics."""
+    if p.sigmas:
+        codes, stats = fp8.rows(source, subtract)
+        return codes.view(torch.float8_e4m3fn), stats
+    made: tuple[Tensor, Tensor] = shadow_rows(source, subtract)
     return made
 
 
@@ -273,31 +309,46 @@ def _screen(
 ) -> Tensor:  # fmt: skip
     """Sample and filter: fill the lists of these rows; return their statistics."""
     (rows, d), f = x.shape, w_stats.shape[0]
-    shadows: tuple[Tensor, Tensor] = shadow_rows(x, b_dec)
-    x_shadow, x_stats = shadows
+    x_shadow, x_stats = shadows(p, x, b_dec)
+    columns = x_shadow.shape[1] if p.sigmas else d  # of the shadow
     tiles, sampled = triton.cdiv(f, p.BN), triton.cdiv(triton.cdiv(f, p.BN), p.stride)
     sample = torch.empty(rows, sampled * p.BN, dtype=torch.float32, device=x.device)
     row_tiles = triton.cdiv(rows, p.BM)
-    group_rows = min(max(RESIDENT // (2 * d * p.BM), 1), row_tiles) if d else row_tiles
+    group_rows = (
+        min(max(RESIDENT // (x_shadow.element_size() * columns * p.BM), 1), row_tiles)
+        if d
+        else row_tiles
+    )
     tma = described(x_shadow, w_shadow) if tma is None else tma
     a, b = x_shadow, w_shadow
     if tma:
-        a = TensorDescriptor(a, [rows, d], [a.stride(0), 1], [p.BM, p.BD])
-        b = TensorDescriptor(b, [f, d], [b.stride(0), 1], [p.BN, p.BD])
+        a = TensorDescriptor(a, [rows, columns], [a.stride(0), 1], [p.BM, p.BD])
+        b = TensorDescriptor(b, [f, columns], [b.stride(0), 1], [p.BN, p.BD])
     bias = w_stats if b_enc is None else b_enc
-    sizes = (rows, f, d, x_shadow.stride(0), w_shadow.stride(0))
+    sizes = (rows, f, columns, x_shadow.stride(0), w_shadow.stride(0))
     common = {
         "HAS_BIAS": b_enc is not None, "BM": p.BM, "BN": p.BN, "BD": p.BD,
-        "UPCAST": not x.is_cuda, "TMA": tma, **OPTIONS,
+        "UPCAST": not x.is_cuda, "TMA": tma, "FP8": p.sigmas > 0, **OPTIONS,
     }  # fmt: skip
     _sample_kernel[(row_tiles * sampled,)](
-        a, b, bias, sample, *sizes, sample.shape[1], p.stride, group_rows, **common
+        a,
+        x_stats,
+        b,
+        w_stats,
+        bias,
+        sample,
+        *sizes,
+        sample.shape[1],
+        p.stride,
+        group_rows,
+        **common,
     )
     narrow.sampled(p, sample, x_stats, tops, lists, f, d)
     if tiles > sampled:
         _filter_kernel[(row_tiles * (tiles - sampled),)](
-            a, x_stats, b, tops[0], bias, lists.theta, lists.count, lists.index, lists.value,
-            *sizes, tiles - sampled, p.stride, p.capacity, group_rows, d * 2.0**-24,
+            a, x_stats, b, w_stats, tops[0], bias, lists.theta, lists.count, lists.index,
+            lists.value, *sizes, tiles - sampled, p.stride, p.capacity, group_rows,
+            narrow.unit(p.sigmas, d),
             LEAF=leaf(p.BM, p.BN, x), **common,
         )  # fmt: skip
     return x_stats
@@ -307,7 +358,9 @@ def described(x: Tensor, W: Tensor) -> bool:
     """Whether the copy engine can read both: from sm_90 on, rows of a multiple of 16 bytes."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
-    return all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] for t in (x, W))
+    bytes_a_row = [t.stride(0) * t.element_size() for t in (x, W)]
+    whole = all(size % 16 == 0 for size in bytes_a_row)
+    return whole and all(t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, W))
 
 
 def leaf(BM: int, BN: int, x: Tensor) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 SHORT = 512  # lists up to this length, to twice this length, ... are narrowed alike
 WIDEST = 8192  # longer ones are not narrowed
 CHUNK = 512  # sampled scores looked at together
+SEEN = 128  # values compared with their scores together
 
 
 @triton.jit
@@ -37,25 +38,49 @@ def _tops_kernel(w_stats, tops, f, BN: tl.constexpr):
 
 
 @triton.jit
-def _spread(x_stats, row, rows, unit):
-    """What |w| and |w - wb| are multiplied by in the bound of row [BM], and N."""
-    norm = tl.load(x_stats + row * 4 + 1, mask=row < rows, other=0.0)
-    lost = tl.load(x_stats + row * 4 + 2, mask=row < rows, other=0.0)
-    norm += lost
-    return (lost + 6.0 * unit * norm) * 1.0001, norm * (1.0 + 4.0 * unit) * 1.0001, norm
+def _hypot(a, b):
+    """The root of a^2 + b^2, of two numbers that are not negative, where a square may overflow."""
+    most, least = tl.maximum(a, b), tl.minimum(a, b)
+    ratio = least / (most + 1e-37)
+    return most * tl.sqrt(1.0 + ratio * ratio)
 
 
 @triton.jit
-def lowest_score(theta, x_stats, w_norm, w_lost, row, rows, unit):
+def _spread(x_stats, row, rows, unit, FP8: tl.constexpr):
+    """What |w| and |w - wb| are multiplied by in the bound of row [BM], and N.
+
+    FP8: `unit` is sigmas / sqrt(d), and the two parts are standard deviations that `_error` adds as
+    squares. 0.01 N stands for the sums of a tensor core of 14 bits (docs/exactness.md).
+    """
+    norm = tl.load(x_stats + row * 4 + 1, mask=row < rows, other=0.0)
+    lost = tl.load(x_stats + row * 4 + 2, mask=row < rows, other=0.0)
+    norm += lost
+    if FP8:
+        of_w, of_lost = unit * _hypot(lost, 0.01 * norm), unit * norm
+    else:
+        of_w, of_lost = lost + 6.0 * unit * norm, norm * (1.0 + 4.0 * unit)
+    return of_w * 1.0001, of_lost * 1.0001, norm
+
+
+@triton.jit
+def _error(of_w, of_lost, w_norm, w_lost, FP8: tl.constexpr):
+    """The bound on |score - value| from `_spread`'s parts."""
+    error = _hypot(of_w * w_norm, of_lost * w_lost) if FP8 else of_w * w_norm + of_lost * w_lost
+    return error * 1.0001
+
+
+@triton.jit
+def lowest_score(theta, x_stats, w_norm, w_lost, row, rows, unit, FP8: tl.constexpr):
     """The least score [BM] of a feature whose value reaches theta, for norms of w at most these.
 
     +inf for a row that has no list: beyond the last, or with theta +inf or NaN.
     """
     threshold = tl.load(theta + row, mask=row < rows, other=float("inf"))
-    of_w, of_lost, _ = _spread(x_stats, row, rows, unit)
+    of_w, of_lost, _ = _spread(x_stats, row, rows, unit, FP8)
     has_list = threshold < float("inf")
     threshold = tl.where(has_list, threshold, 0.0)
-    lowest = threshold - tl.abs(threshold) * 1e-6 - (of_w * w_norm + of_lost * w_lost) * 1.0001
+    error = _error(of_w, of_lost, w_norm, w_lost, FP8)
+    lowest = threshold - tl.abs(threshold) * 1e-6 - error
     return tl.where(has_list, lowest, float("inf"))
 
 
@@ -79,6 +104,7 @@ def _sampled_kernel(
     sample, x_stats, tops, largest, theta, count, index, value, rows, f, width, groups, rank,
     stride, capacity, unit,
     TILE: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """theta = about the rank-th largest of the row's sample; list the sample's candidates.
 
@@ -98,7 +124,7 @@ def _sampled_kernel(
     found = _kth(select._order(best), rank, BR)
     threshold = tl.where(found == -2147483648, float("-inf"), select._unorder(found))
     threshold = tl.maximum(threshold, -1e38)  # so that L stays above -inf
-    of_w, of_lost, norm = _spread(x_stats, row, rows, unit)
+    of_w, of_lost, norm = _spread(x_stats, row, rows, unit, FP8)
     reach = norm * (tl.load(largest) + tl.load(largest + 1))
     calm = reach < 42535295865117307932921825928971026432.0  # 2^125
     no_list = tl.where(reach == reach, float("inf"), float("nan"))
@@ -113,8 +139,8 @@ def _sampled_kernel(
         score = tl.load(line + at[None, :], mask=live[:, None] & known[None, :], other=0.0)
         w_norm = tl.load(tops + tile * 2, mask=known, other=0.0)
         w_lost = tl.load(tops + tile * 2 + 1, mask=known, other=0.0)
-        error = of_w[:, None] * w_norm[None, :] + of_lost[:, None] * w_lost[None, :]
-        keep = ~(score < floor[:, None] - error * 1.0001)
+        error = _error(of_w[:, None], of_lost[:, None], w_norm[None, :], w_lost[None, :], FP8)
+        keep = ~(score < floor[:, None] - error)
         keep = keep & known[None, :] & (live & calm)[:, None]
         kept = keep.to(tl.int32)
         place = listed[:, None] + tl.cumsum(kept, 1) - kept
@@ -130,6 +156,7 @@ def _sampled_kernel(
 def _narrow_kernel(
     x_stats, w_stats, count, index, value, sure, rows, k, capacity, unit,
     ANSWER: tl.constexpr, BR: tl.constexpr, BELOW: tl.constexpr, BC: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """Shorten the list to those with score - E >= T, then those with score + E >= T.
 
@@ -150,9 +177,9 @@ def _narrow_kernel(
     feature = tl.load(index + line + at, mask=live, other=0)
     w_norm = tl.load(w_stats + feature.to(tl.int64) * 4 + 1, mask=live, other=0.0)
     w_lost = tl.load(w_stats + feature.to(tl.int64) * 4 + 2, mask=live, other=0.0)
-    of_w, of_lost, _ = _spread(x_stats, row, rows, unit)
-    error = of_w[:, None] * w_norm + of_lost[:, None] * w_lost
-    error = tl.zeros((BR, BC), tl.float32) if ANSWER else error * 1.0001 + tl.abs(score) * 1e-6
+    of_w, of_lost, _ = _spread(x_stats, row, rows, unit, FP8)
+    error = _error(of_w[:, None], of_lost[:, None], w_norm, w_lost, FP8)
+    error = tl.zeros((BR, BC), tl.float32) if ANSWER else error + tl.abs(score) * 1e-6
     least = tl.where(live, select._order(score - error), -2147483648)
     kth = _kth(least, k, BR)[:, None]
     first = live & (least >= kth)
@@ -202,6 +229,41 @@ def _rest_kernel(
         tl.store(value + line + at, tl.where(live, result, float("-inf")), mask=mask)
 
 
+@triton.jit
+def _observed_kernel(
+    x_stats, w_stats, count, index, value, bound, observed, rows, capacity, unit, sigmas, repair,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """observed [rows]: the largest |score - value| of a row in standard deviations of the model.
+
+    bound [rows, capacity]: score + E, as `_narrow_kernel` leaves it. What the score and the value
+    may owe to float32 is no error of the screen. A row with more than `repair` counts as a list
+    that overflowed.
+    """
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    passed = tl.load(count + row, mask=row < rows, other=0)
+    listed = tl.where(passed > capacity, 0, passed)
+    line = row.to(tl.int64)[:, None] * capacity
+    of_w, of_lost, _ = _spread(x_stats, row, rows, unit, True)
+    worst = tl.zeros((BR,), tl.float32)
+    for first in range(0, tl.max(listed, 0), BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        mask = at < listed[:, None]
+        found = tl.load(value + line + at, mask=mask, other=float("-inf"))
+        live = mask & (found > float("-inf"))
+        found = tl.where(live, found, 0.0)
+        feature = tl.load(index + line + at, mask=live, other=0).to(tl.int64)
+        w_norm = tl.load(w_stats + feature * 4 + 1, mask=live, other=0.0)
+        w_lost = tl.load(w_stats + feature * 4 + 2, mask=live, other=0.0)
+        error = _error(of_w[:, None], of_lost[:, None], w_norm, w_lost, True)
+        score = tl.load(bound + line + at, mask=live, other=0.0) - error
+        rounding = (tl.abs(score) + tl.abs(found)) * 2e-6
+        off = tl.maximum(tl.abs(score - found) - rounding, 0.0) / (error + 1e-37) * sigmas
+        worst = tl.maximum(worst, tl.max(tl.where(live, off, 0.0), 1))
+    tl.store(observed + row, worst, mask=row < rows)
+    tl.store(count + row, capacity + 1, mask=(row < rows) & (worst > repair))
+
+
 def tops(w_stats: Tensor, BN: int) -> tuple[Tensor, Tensor]:
     """[tiles, 2] float32: the largest norm and lost norm of each tile of BN features; [2]: of
     all."""
@@ -221,8 +283,9 @@ def sampled(
     BR, BC = (1, CHUNK) if sample.is_cuda else (32, 1024)
     _sampled_kernel[(triton.cdiv(rows, BR),)](
         sample, x_stats, *tops, lists.theta, lists.count, lists.index, lists.value,
-        rows, f, width, groups, p.rank, p.stride, p.capacity, d * 2.0**-24,
+        rows, f, width, groups, p.rank, p.stride, p.capacity, unit(p.sigmas, d),
         TILE=p.BN, GROUP=p.group, BR=BR, BG=triton.next_power_of_2(groups), BC=BC,
+        FP8=p.sigmas > 0,
         **THRESHOLD_OPTIONS,
     )  # fmt: skip
 
@@ -232,15 +295,19 @@ THRESHOLD_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 def values(
     lists: select.Lists, x: Tensor, x_stats: Tensor, W_enc: Tensor, w_stats: Tensor,
-    b_enc: Tensor | None, b_dec: Tensor | None, k: int,
+    b_enc: Tensor | None, b_dec: Tensor | None, k: int, sigmas: float = 0.0,
+    repair: float = 0.0, observed: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Shorten the lists and put float32 values, or -inf, in place of the scores that stay.
+
+    With sigmas, scores are of e4m3: how far they are off, in standard deviations, goes to observed
+    [rows], and a row that has more than `repair` fails.
 
     Where x and W_enc are bf16 and nothing is subtracted from x, a score is a float32 sum of the
     very products that a value is, and is taken for it: gathering W_enc again would only add them in
     another order.
     """
-    answer = x.dtype == torch.bfloat16 and b_dec is None
+    answer = x.dtype == torch.bfloat16 and b_dec is None and not sigmas
     (rows, d), capacity = x.shape, lists.index.shape[1]
     BC = triton.next_power_of_2(capacity)
     if BC > WIDEST and answer:
@@ -254,18 +321,29 @@ def values(
     while length <= BC:
         _narrow_kernel[(triton.cdiv(rows, BR),)](
             x_stats, w_stats, lists.count, lists.index, lists.value, sure, rows, k, capacity,
-            d * 2.0**-24, ANSWER=answer, BR=BR, BELOW=shortest, BC=length, num_warps=warps(length),
-            enable_fp_fusion=True,
+            unit(sigmas, d), ANSWER=answer, BR=BR, BELOW=shortest, BC=length, FP8=sigmas > 0,
+            num_warps=warps(length), enable_fp_fusion=True,
         )  # fmt: skip
         shortest, length = length + 1, 2 * length
     if answer:
         return
+    bound = None if observed is None else lists.value.clone()
     select.value(lists, x, W_enc, b_enc, b_dec, sure)
     BN, BC = select.tile(x)
     _rest_kernel[(triton.cdiv(rows, BN), 2)](
         *select.weights(x, W_enc, b_enc, b_dec), lists.count, lists.index, lists.value, sure, rows,
         d, capacity, BN=BN, BC=BC, **select.constants(b_enc, b_dec),
     )  # fmt: skip
+    if bound is not None:
+        _observed_kernel[(triton.cdiv(rows, BR),)](
+            x_stats, w_stats, lists.count, lists.index, lists.value, bound, observed, rows,
+            capacity, unit(sigmas, d), sigmas, repair, BR=BR, BC=SEEN, **THRESHOLD_OPTIONS,
+        )  # fmt: skip
+
+
+def unit(sigmas: float, d: int) -> float:
+    """`unit` of the kernels: sigmas / sqrt(d), or for 0, the proved bound of bf16, d 2^-24."""
+    return float(sigmas / max(d, 1) ** 0.5 if sigmas else d * 2.0**-24)
 
 
 def warps(BC: int) -> int:

@@ -67,6 +67,8 @@ def sae_calls(device: str) -> dict[str, Call]:
     x, W, values, indices = t["x"], t["W_dec"], t["values"], t["indices"]
     return {
         "topk_encode": lambda: ops.topk_encode(x, t["W_enc"], t["b_enc"], t["b_dec"], k=16),
+        "topk_encode_fp8": lambda: ops.topk_encode_fp8(x, t["W_enc"], t["b_enc"], k=16),
+        "screen_weights": lambda: ops.screen_weights(t["W_enc"], "fp8")[1:],
         "sparse_decode": lambda: ops.sparse_decode(values, indices, W, t["b_dec"]),
         "sparse_decode_grad_values": lambda: at.sparse_decode_grad_values(x, indices, W),
         "sparse_decode_grad_W_dec": lambda: at.sparse_decode_grad_W_dec(values, indices, x, len(W)),

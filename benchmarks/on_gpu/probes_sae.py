@@ -21,12 +21,13 @@ from microtome.ops import moments_for, sae_loss, sae_update, sparse_decode, topk
 
 
 def encode(
-    kind: str, shape: Shape, device: Device, dtype: torch.dtype = torch.float32
-) -> Call | None:
-    """topk_encode."""
+    kind: str, shape: Shape, device: Device, dtype: torch.dtype = torch.float32,
+    precision: str = "exact",
+) -> Call | None:  # fmt: skip
+    """topk_encode; an error of fp8's screen that leaves a feature out would be found, too."""
     b = problem(kind, shape, device)
     tensors = tuple(t.to(dtype) for t in (b.x, b.W_enc, b.b_enc, b.b_dec))
-    call = functools.partial(topk_encode, k=shape.k)
+    call = functools.partial(topk_encode, k=shape.k, precision=precision)
     if kind == "nan":
         return Call(call, tensors, raises_for_nan(call, tensors, shape.n // 2))
     if dtype != torch.float32:
@@ -229,6 +230,7 @@ def probes() -> list[Probe]:
     return [
         Probe("topk_encode", "topk_encode", encode),
         Probe("topk_encode bf16", "topk_encode", at(encode, **bf16)),
+        Probe("topk_encode fp8", "topk_encode_fp8", at(encode, precision="fp8")),
         Probe("topk_encode gradients", "topk_encode", encode_gradients),
         Probe("sparse_decode", "sparse_decode", decode),
         Probe("sparse_decode bf16", "sparse_decode", at(decode, **bf16)),

@@ -63,14 +63,21 @@ class OurStep:
     def step(self, x: Tensor) -> Tensor:
         """One step on a batch [n, d]; its FVU before the step."""
         W_enc, b_enc, W_dec, b_dec = self.params
-        values, indices, _ = topk_encode(x, W_enc, b_enc, b_dec, k=self.k, screen=self.screen)
+        fp8 = self.screen.kind == "fp8"
+        values, indices, _ = topk_encode(
+            x, W_enc, b_enc, b_dec, k=self.k, screen=self.screen,
+            precision="fp8" if fp8 else "exact",
+        )  # fmt: skip
         values = values.relu_()
         sse, grad_out, grad_values = sae_loss(x, values, indices, W_dec, b_dec)
         self.count += 1
         code = Code(indices, values, grad_values, grad_out, self.scale)
         sae_update(
-            code, x - b_dec, self.params, self.moments, self.rule, self.count, screen=self.screen
-        )
+            code, x - b_dec, self.params, self.moments, self.rule, self.count,
+            screen=None if fp8 else self.screen,
+        )  # fmt: skip
+        if fp8:  # which no update refreshes
+            self.screen = screen_weights(W_enc, "fp8")
         return sse.sum() * self.scale
 
 

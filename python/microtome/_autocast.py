@@ -43,6 +43,7 @@ _FLOAT32_ONLY = "no backend takes narrower inputs; widening is exact"
 
 DECISIONS: dict[str, Decision] = {
     "topk_encode": _EXACT,
+    "topk_encode_fp8": _EXACT,
     "batch_topk_encode": _EXACT,
     "threshold_encode": _EXACT,
     "screen_weights": Decision(FLOAT32, "a screen bounds the error against float32 weights"),

@@ -15,6 +15,8 @@ _ROWS = "Pass fewer rows of {} at once."
 WAYS = {
     "topk_encode": _ROWS.format("x") + " A screen made once by screen_weights(W_enc) saves each "
     "call a bfloat16 copy of W_enc.",
+    "topk_encode_fp8": _ROWS.format("x") + ' A screen made once by screen_weights(W_enc, "fp8") '
+    "saves each call a copy of W_enc of a byte a weight.",
     "batch_topk_encode": _ROWS.format("x") + " A smaller batch takes its n * k largest from fewer.",
     "threshold_encode": _ROWS.format("x") + " A higher threshold or a capacity bounds the code.",
     "sparse_decode": _ROWS.format("values and indices"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 from aot.case import Case, types
-from microtome.kernels import bf16, topk_encode, topk_narrow, topk_select
+from microtome.kernels import bf16, fp8, topk_encode, topk_encode_fp8, topk_narrow, topk_select
 
 n, f, k = 8192, 24576, 32
 FUSED = {"enable_fp_fusion": True}
@@ -20,7 +20,9 @@ NARROW = {
     "topk_encode: GROUP_ROWS * tiles": PROGRAMS,
     "topk_encode: tl.program_id(0) // (GROUP_ROWS * tiles) * GROUP_ROWS": PROGRAMS,
     "topk_encode: row_tile * BM": "a row of a block, whose lists fit the workspace",
+    "topk_encode: line * 4": "a row of a block, whose lists fit the workspace",
     "topk_narrow: row * 4": "a row of a block, whose lists fit the workspace",
+    "topk_encode: tile * stride": FEATURES,
     "topk_encode: tile * stride * BN": FEATURES,
     "topk_encode: tile * stride": FEATURES,
     "topk_narrow: at // TILE * stride": FEATURES,
@@ -37,7 +39,7 @@ def cases() -> dict[str, Case]:
     """Every kernel at the tile its host function chooses on the architecture of argv[1]."""
     shadow = {"HAS_SUBTRACT": True, "STORE": True, "BR": 4, "BD": 512}
     return {
-        **products(int(sys.argv[1])), **after(),
+        **products(int(sys.argv[1])), **after(), **in_8_bits(int(sys.argv[1])),
         "bf16.shadow": Case(bf16._shadow_kernel, shadow, {"shadow": "i16"}, FUSED),
     }  # fmt: skip
 
@@ -49,7 +51,7 @@ def products(arch: int) -> dict[str, Case]:
         plan = topk_encode.plan(n, f, k, BN)
         constants = {
             "HAS_BIAS": True, "BM": plan.BM, "BN": BN, "BD": plan.BD, "UPCAST": False,
-            "TMA": arch >= 90,
+            "TMA": arch >= 90, "FP8": False,
         }  # fmt: skip
         inputs = types("*bf16/16", "x W")
         if arch >= 90:
@@ -77,10 +79,61 @@ def products(arch: int) -> dict[str, Case]:
     return out
 
 
-def narrow(below: int, length: int) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+def narrow(
+    below: int, length: int, in_fp8: bool = False
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """Constants, pointers and options for lists of this length."""
-    constants = {"ANSWER": False, "BR": 1, "BELOW": below, "BC": length}
+    constants = {"ANSWER": False, "BR": 1, "BELOW": below, "BC": length, "FP8": in_fp8}
     return constants, {"sure": "i32"}, {**FUSED, "num_warps": topk_narrow.warps(length)}
+
+
+def in_8_bits(arch: int) -> dict[str, Case]:
+    """What `topk_encode_fp8` launches; products of e4m3 from compute capability 8.9 on."""
+    plan = topk_encode_fp8.plan(n, f, k, 6.0, 4.0)
+    groups = triton.next_power_of_2(plan.groups)
+    length = triton.next_power_of_2(plan.capacity)
+    sampled = {
+        "TILE": plan.BN, "GROUP": plan.group, "BR": 1, "BG": groups, "BC": topk_narrow.CHUNK,
+        "FP8": True,
+    }  # fmt: skip
+    rows = {"HAS_SUBTRACT": True, "BR": fp8.ROWS}
+    observed = {"BR": 1, "BC": topk_narrow.SEEN}
+    scalars = {**SCALARS, **types("fp32", "sigmas repair")}
+    short = topk_narrow._narrow_kernel, *narrow(0, topk_narrow.SHORT, True)
+    long = topk_narrow._narrow_kernel, *narrow(topk_narrow.SHORT + 1, length, True)
+    kernels = {
+        "rows": (fp8._rows_kernel, rows, {"shadow": "u8"}, fp8.OPTIONS),
+        "sampled": (topk_narrow._sampled_kernel, sampled, {}, topk_narrow.THRESHOLD_OPTIONS),
+        "narrow": short,
+        "narrow_long": long,
+        "observed": (topk_narrow._observed_kernel, observed, {}, topk_narrow.THRESHOLD_OPTIONS),
+    }
+    out = {
+        f"topk_encode_fp8.{name}": Case(*parts, scalars, narrow=NARROW)
+        for name, parts in kernels.items()
+    }
+    if arch < 89:
+        return out
+    tile = {
+        "HAS_BIAS": True, "BM": plan.BM, "BN": plan.BN, "BD": plan.BD, "UPCAST": False,
+        "TMA": arch >= 90, "FP8": True,
+    }  # fmt: skip
+    if arch >= 90:
+        tile |= {"x_stride": 0, "w_stride": 0}
+        block = f"tensordesc<fp8e4nv[{plan.BM}, {plan.BD}]>"  # BM = BN
+        scalars = {**scalars, "x": block, "W": block}
+    else:
+        scalars = {**scalars, **types("*fp8e4nv/16", "x W")}
+    needs = ("QGMMA", "UTMALDG") if arch >= 90 else ("tensor_core",)
+    leaf = {"LEAF": topk_encode.LEAVES[arch // 10]}
+    for name, kernel, more in (
+        ("sample", topk_encode._sample_kernel, {}),
+        ("filter", topk_encode._filter_kernel, leaf),
+    ):
+        out[f"topk_encode_fp8.{name}"] = Case(
+            kernel, {**tile, **more}, {}, topk_encode.OPTIONS, scalars, needs, narrow=NARROW
+        )
+    return out
 
 
 def after() -> dict[str, Case]:
@@ -91,7 +144,10 @@ def after() -> dict[str, Case]:
     value = {**dots, "ALL": False, "BN": BN, "BC": BC}
     groups = triton.next_power_of_2(plan.groups)
     length = triton.next_power_of_2(plan.capacity)
-    sampled = {"TILE": 128, "GROUP": plan.group, "BR": 1, "BG": groups, "BC": topk_narrow.CHUNK}
+    sampled = {
+        "TILE": 128, "GROUP": plan.group, "BR": 1, "BG": groups, "BC": topk_narrow.CHUNK,
+        "FP8": False,
+    }  # fmt: skip
     pick = {**dots, "BC": BC, "BF": topk_select.SCAN}
     select = {"LISTED": False, "BN": BN, "BC": topk_select.BLOCK}
     halves = types("bf16", "x b_dec W bias")

@@ -20,7 +20,7 @@ from microtome.ops import (
     use_backend,
 )
 from microtome.ops.sae_update import OPTIMIZERS, _update
-from microtome.ops.screen_weights import KINDS
+from microtome.ops.screen_weights import REFRESHED
 from microtome.testing import CASES, Case, assert_accurate, backends_of, factor_of
 from microtome.testing import skip_if_interpreted as skip
 
@@ -308,7 +308,7 @@ def test_rowsparse_leaves_untouched_rows_as_they_are(backend: str, optimizer: st
 
 
 @on_every_backend
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REFRESHED)
 @pytest.mark.parametrize("rowsparse", [True, False])
 def test_the_shadow_is_that_of_the_new_weights(backend: str, kind: str, rowsparse: bool) -> None:
     if backend in ON_GPU and kind != "bf16":

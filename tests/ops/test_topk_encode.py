@@ -370,7 +370,7 @@ def test_messages_say_what_came_and_what_is_allowed():
     ):
         topk_encode(x.long(), W_enc, k=2)
     with pytest.raises(
-        ArgumentError, match="precision must be one of 'exact', 'fast', got 'sloppy'"
+        ArgumentError, match="precision must be one of 'exact', 'fast', 'fp8', got 'sloppy'"
     ):
         topk_encode(x, W_enc, k=2, precision="sloppy")
 

@@ -36,6 +36,7 @@ from microtome.ops.solu import solu
 from microtome.ops.sparse_decode import sparse_decode
 from microtome.ops.threshold_encode import threshold_encode
 from microtome.ops.topk_encode import topk_encode
+from microtome.ops.topk_encode_fp8 import topk_encode_fp8
 
 __all__ = [
     "ADD",
@@ -82,5 +83,6 @@ __all__ = [
     "synchronize",
     "threshold_encode",
     "topk_encode",
+    "topk_encode_fp8",
     "use_backend",
 ]

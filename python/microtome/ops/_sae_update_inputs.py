@@ -14,7 +14,7 @@ from microtome import _pending as pending
 from microtome._look import Look
 from microtome.errors import ArgumentError, DtypeError
 from microtome.ops import _sae_update_states as states
-from microtome.ops.screen_weights import KINDS, Screen, stride
+from microtome.ops.screen_weights import REFRESHED, Screen, stride
 
 Params: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -167,7 +167,7 @@ def check_state(
     if screen is not None:
         W_enc = params[0]
         f, d = W_enc.shape
-        _check.one_of(op, "screen.kind", screen.kind, KINDS)
+        _check.one_of(op, "screen.kind", screen.kind, REFRESHED)
         _check.dtype(op, (torch.float32,), W_enc=W_enc)
         _check.device(op, W_enc=W_enc, shadow=screen.shadow, stats=screen.stats)
         shadow, stats = screen.shadow, screen.stats

@@ -9,7 +9,8 @@ from microtome import _check, _native
 from microtome.ops._registry import Backend, Op, unavailable, why_not_common
 from microtome.ops.screen_weights import KINDS, Screen, stride
 
-PRECISIONS = ("exact", "fast")
+PRECISIONS = ("exact", "fast", "fp8")
+SIGMAS, REPAIR = 6.0, 4.0  # of `topk_encode_fp8`
 
 
 def topk_encode(
@@ -40,9 +41,11 @@ def topk_encode(
         precision: "exact", or "fast": the k best by the low-precision scores, whose values are then
             computed in float32. "fast" may miss a feature whose value is within the rounding of the
             low precision (bf16: about 0.4 % of |x||w|) of the k-th; a backend that does not screen
-            answers exactly.
-        screen: what `screen_weights(W_enc)` returned for these very weights, so that the call need
-            not build it.
+            answers exactly. "fp8": products of 8 bits on a GPU that has them, which may miss a
+            feature whose error is far beyond what a model expects; elsewhere the exact answer.
+            `topk_encode_fp8` says how, and returns its certificate, too.
+        screen: what `screen_weights(W_enc)`, for "fp8" `screen_weights(W_enc, "fp8")`, returned for
+            these very weights, so that the call need not build it.
 
     Returns:
         values [n, k] in x's dtype, accumulated in float32 (pre-activations: the ReLU is yours);
@@ -69,18 +72,36 @@ def topk_encode(
         ([[3.0], [2.0]], [[1], [1]])
     """
     op = "topk_encode"
+    sizes = check(op, x, W_enc, b_enc, b_dec, screen)
+    _check.between(op, "k", k, 1, sizes["f"], "f")
+    _check.one_of(op, "precision", precision, PRECISIONS)
+    kind, shadow, stats = screen if screen is not None else ("auto", None, None)
+    if precision == "fp8":
+        in_8_bits = torch.ops.microtome.topk_encode_fp8
+        answer = in_8_bits(x, W_enc, b_enc, b_dec, k, SIGMAS, REPAIR, kind, shadow, stats)
+        return answer[0], answer[1], answer[2]
+    values, indices, candidates = _encode(x, W_enc, b_enc, b_dec, k, precision, kind, shadow, stats)
+    return values, indices, candidates
+
+
+def check(
+    op: str,
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    screen: Screen | None,
+) -> dict[str, int]:
+    """Raise unless shapes, dtypes and devices agree; the sizes n, d, f."""
     sizes = _check.shapes(
         op, x=(x, "n d"), W_enc=(W_enc, "f d"), b_enc=(b_enc, "f"), b_dec=(b_dec, "d")
     )
-    _check.dtype(op, _check.FLOATS, x=x)
-    _check.same_dtype(op, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
-    kind, shadow, stats = screen if screen is not None else ("auto", None, None)
     tensors = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
+    _check.dtype(op, _check.FLOATS, x=x)
+    _check.same_dtype(op, **tensors)
+    shadow, stats = (None, None) if screen is None else screen[1:]
     _check.device(op, **tensors, shadow=shadow, stats=stats)
-    _check.between(op, "k", k, 1, sizes["f"], "f")
-    _check.one_of(op, "precision", precision, PRECISIONS)
-    values, indices, candidates = _encode(x, W_enc, b_enc, b_dec, k, precision, kind, shadow, stats)
-    return values, indices, candidates
+    return sizes
 
 
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -193,18 +214,20 @@ def _counts(x: Tensor, f: int) -> Tensor:
     return torch.full((x.shape[0],), f, dtype=torch.int32, device=x.device)
 
 
-def _setup_context(
+def setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
 ) -> None:
+    """Keep what `backward` reads."""
     x, W_enc, _, b_dec = inputs[:4]
     _, indices, candidates = output
     ctx.save_for_backward(x, W_enc, b_dec, indices)
     ctx.mark_non_differentiable(indices, candidates)
 
 
-def _backward(
+def backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of x, W_enc, b_enc, b_dec through the k selected features, then five None."""
     x, W_enc, b_dec, indices = ctx.saved_tensors  # type: ignore[attr-defined]
     need = ctx.needs_input_grad  # type: ignore[attr-defined]
     grad = grad.contiguous()
@@ -221,9 +244,10 @@ def _backward(
     return (grad_x if need[0] else None, grad_W, grad_b, grad_b_dec, None, None, None, None, None)
 
 
-def _fake(
+def fake(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs."""
     n = x.shape[0]
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
     return x.new_empty(n, k), indices, torch.empty(n, dtype=torch.int32, device=x.device)
@@ -245,7 +269,7 @@ def _why_not_cuda(*args: Tensor | None) -> str | None:
 
 _encode = Op(
     topk_encode_reference,
-    fake=_fake,
+    fake=fake,
     backends=(
         Backend(
             "cuda",
@@ -257,6 +281,6 @@ _encode = Op(
         Backend("triton", "microtome.kernels.topk_encode:launch", _why_not_triton),
         Backend("cpu", "microtome.ops.topk_encode:_cpu", _why_not_cpu),
     ),
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=backward,
+    setup_context=setup_context,
 )

@@ -73,6 +73,9 @@ def calls(seed: int = 0, n: int = 4, screen: str = "auto") -> dict[str, Call]:
     made = [
         Call("topk_encode", ops.topk_encode, {"x": x, **{w: sae[w] for w in ("W_enc", "b_enc")}},
              ("x",), ("x", "W_enc", "b_enc"), options={"k": k}),
+        Call("topk_encode_fp8", ops.topk_encode_fp8,
+             {"x": x, **{w: sae[w] for w in ("W_enc", "b_enc")}},
+             ("x",), ("x", "W_enc", "b_enc"), options={"k": k}),
         Call("screen_weights", lambda W_enc: ops.screen_weights(W_enc)[1:], {"W_enc": draw(n, d)},
              ("W_enc",)),
         Call("sparse_decode", ops.sparse_decode,
