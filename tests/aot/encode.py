@@ -24,7 +24,6 @@ NARROW = {
     "topk_narrow: row * 4": "a row of a block, whose lists fit the workspace",
     "topk_encode: tile * stride": FEATURES,
     "topk_encode: tile * stride * BN": FEATURES,
-    "topk_encode: tile * stride": FEATURES,
     "topk_narrow: at // TILE * stride": FEATURES,
     "topk_narrow: tile * 2": FEATURES,
     "topk_narrow: tile * TILE": FEATURES,
