@@ -61,6 +61,9 @@ def plus(
         return total + more
     column = columns(START, BD)[None, :]
     at = centre + program * d + column
+    # A thread may read what another has stored: where d is no multiple of 16, the loads and the
+    # stores differ in layout.
+    tl.debug_barrier()
     tl.store(at, tl.load(at, mask=column < d, other=0.0) + more, mask=column < d)
     return total
 

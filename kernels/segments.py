@@ -153,7 +153,7 @@ def add_partials(acc, partial, begin, end, column, d, CHUNK: tl.constexpr):
 
 @triton.jit
 def _chunk_kernel(
-    weight, source, latents, offsets, table, aux, partial, entries, n, d,
+    weight, source, latents, offsets, table, aux, partial, entries, n, d, f,
     TABLES: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # A chunk [a, a + CHUNK) has slot ceil(a / CHUNK), so it contains the entry slot * CHUNK.
@@ -161,6 +161,8 @@ def _chunk_kernel(
     entry = slot * CHUNK
     valid = entry < entries
     latent = tl.load(latents + entry, mask=valid, other=0).to(tl.int64)
+    valid = valid & (latent >= 0) & (latent < f)  # a GPU's indices may not have been checked yet
+    latent = tl.where(valid, latent, 0)
     begin = tl.load(offsets + latent)
     end = tl.load(offsets + latent + 1)
     first = begin + tl.where(valid, (entry - begin) // CHUNK * CHUNK, 0)
@@ -188,6 +190,8 @@ def partial_sums(
         table: [n, d] contiguous.
         aux: [n, d] contiguous; `table` itself where sources from n on are its rows again.
 
+    An entry whose latent lies outside [0, f) belongs to no segment and is added to nothing.
+
     Returns:
         [ceil(m / CHUNK), d] float32; slots without a full chunk are not written, and not read by
         `add_partials`.
@@ -199,6 +203,7 @@ def partial_sums(
         BL, BD = tile(slots(m), d, not table.is_cuda, 1024, 1024)
         _chunk_kernel[(triton.cdiv(slots(m), BL), triton.cdiv(d, BD))](
             weight, source, segments.latents, segments.offsets, table, aux, partial, m, n, d,
+            segments.offsets.numel() - 1,
             TABLES=1 if aux is table else 2, CHUNK=CHUNK, BL=BL, BD=BD, enable_fp_fusion=True,
         )  # fmt: skip
     return partial

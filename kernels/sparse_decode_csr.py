@@ -127,8 +127,6 @@ def launch_grad_W_dec(
         return out
     unused = torch.arange(m, device=values.device) >= offsets[-1]
     segments = sort_by_latent(torch.where(unused, f, indices.int()), f)
-    # The chunk kernel looks every entry's latent up, also that of an unused one.
-    segments = segments._replace(latents=segments.latents.clamp(max=f - 1))
     source = rows_of(offsets, m)[segments.order].int()
     weight = values.contiguous()[segments.order].float()
     return _sums(segments, weight, source, grad_out, None, out)

@@ -30,6 +30,7 @@ if RUNS:
         sae_update,
         segments,
         sparse_decode,
+        sparse_decode_csr,
     )
     from microtome.kernels import (
         topk_encode as encode,
@@ -100,6 +101,19 @@ def test_every_length_of_a_long_segment_is_summed_once() -> None:
         ones, shuffled[:, None].int(), ones.expand(-1, 3).contiguous(), len(lengths)
     )
     assert got.tolist() == [[float(n)] * 3 for n in lengths]
+
+
+def test_an_index_that_no_check_has_seen_yet_is_added_to_no_latent() -> None:
+    # So many that a kernel over chunks begins with entries below 0, and ends with such from f on.
+    n = 2 * segments.CHUNK + 3
+    latents = torch.tensor([-(2**31), -1, 0, 1, 2, 2**31 - 1], dtype=torch.int32).repeat(n)
+    ones = torch.ones(latents.numel(), 1, device=DEVICE)
+    got = sparse_decode.launch_grad_W_dec(ones, latents[:, None].to(DEVICE), ones, 2)
+    assert got.tolist() == [[float(n)]] * 2
+    offsets = torch.tensor([0, ones.numel()], device=DEVICE)
+    row = torch.ones(1, 1, device=DEVICE)
+    got = sparse_decode_csr.launch_grad_W_dec(ones.flatten(), latents.to(DEVICE), offsets, row, 2)
+    assert got.tolist() == [[float(n)]] * 2
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
