@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from microtome.kernels import topk_encode_cuda as hopper
+from microtome.kernels.topk_select_cuda import MOST_ACTIVE
 
 from microtome.ops import topk_encode, use_backend
-from microtome.ops.topk_encode import top_k
+from microtome.ops.topk_encode import _why_not_cuda, top_k
 from microtome.testing import cuda
 
 pytestmark = pytest.mark.skipif(not cuda.EMULATED, reason="the emulated CUDA kernels are not there")
@@ -226,3 +227,12 @@ def test_rows_that_the_copy_engine_cannot_read_are_copied():
     copy = hopper._aligned(unaligned)
     assert copy.stride() == (16, 1)
     assert torch.equal(copy[:, :9], unaligned)
+
+
+def test_more_active_than_a_block_sorts_is_a_reason_not_to_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, W_enc = torch.zeros(1, 8), torch.zeros(9000, 8)
+    arguments = (x, W_enc, None, None)
+    assert _why_not_cuda(*arguments, MOST_ACTIVE, "exact", "auto", None, None) is None
+    reason = _why_not_cuda(*arguments, MOST_ACTIVE + 1, "exact", "auto", None, None)
+    assert reason == "k=8193 (a block sorts up to 8192)"
