@@ -172,6 +172,18 @@ def test_a_bound_that_is_not_a_number_keeps_its_feature():
     assert kept(lists) == [{37, 299}] * 70
 
 
+def test_a_score_that_overflows_on_the_way_to_its_value_is_kept():
+    x, w = torch.zeros(2, 24), torch.zeros(3, 24)
+    x[0, :4], w[1, :4] = torch.tensor([-1.0, -1.0, 1.0, 0.75]) * 2.0**63, 1.5 * 2.0**64
+    x[1, 0], w[2] = 1.0, 1.0
+    (x, x_stats), (w, w_stats) = shadow_rows(x), shadow_rows(w)
+    lists = lists_of(torch.tensor([-1e38, 0.5]), 3)  # x[0] w[1] is -0.375 2^127 = -6.4e37
+    hopper.keep(x, x_stats, w, w_stats, None, lists)
+    row, other = kept(lists)
+    assert 1 in row
+    assert 2 in other
+
+
 @pytest.mark.parametrize("order", cuda.ORDERS)
 def test_the_answer_from_the_lists_is_the_reference(order):
     cuda.set_order(order, 7)
