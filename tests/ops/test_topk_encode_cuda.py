@@ -239,6 +239,10 @@ def test_rows_that_the_copy_engine_cannot_read_are_copied():
     copy = hopper._aligned(unaligned)
     assert copy.stride() == (16, 1)
     assert torch.equal(copy[:, :9], unaligned)
+    one = torch.ones(8, dtype=torch.bfloat16).expand(3, 8)[:1]
+    assert one.is_contiguous()
+    assert one.stride() == (0, 1)
+    assert hopper._aligned(one).stride() == (8, 1)
 
 
 def test_more_active_than_a_block_sorts_is_a_reason_not_to_run(monkeypatch):
