@@ -358,9 +358,13 @@ def described(x: Tensor, W: Tensor) -> bool:
     """Whether the copy engine can read both: from sm_90 on, rows of a multiple of 16 bytes."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
-    bytes_a_row = [t.stride(0) * t.element_size() for t in (x, W)]
-    whole = all(size % 16 == 0 for size in bytes_a_row)
-    return whole and all(t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, W))
+    return all(
+        # one row is contiguous whatever its stride, also 0, which no descriptor has
+        t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) >= t.shape[1] > 0
+        and t.data_ptr() % 16 == 0
+        for t in (x, W)
+    )
 
 
 def leaf(BM: int, BN: int, x: Tensor) -> int:

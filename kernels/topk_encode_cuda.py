@@ -44,10 +44,16 @@ def _fill(
 
 
 def _aligned(shadow: Tensor) -> Tensor:
-    """Rows that begin on 16 bytes, as the copy engine reads them; a copy where they do not."""
-    if shadow.data_ptr() % 16 == 0 and shadow.stride(0) % 8 == 0:
+    """Rows that begin on 16 bytes, as the copy engine reads them; a copy where they do not.
+
+    One row is contiguous whatever its stride, also 0, which no tensor map has.
+    """
+    (_, d), stride = shadow.shape, shadow.stride(0)
+    if shadow.data_ptr() % 16 == 0 and stride % 8 == 0 and stride >= d:
         return shadow
-    return torch.nn.functional.pad(shadow, (0, -shadow.shape[1] % 8))
+    copy = shadow.new_empty(shadow.shape[0], -(-d // 8) * 8)
+    copy[:, :d] = shadow
+    return copy
 
 
 def groups_of(f: int, stride: int, rank: int) -> tuple[int, int]:

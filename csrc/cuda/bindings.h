@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/coalition_inputs.h"
+#include "cuda/device.h"
 #include "cuda/random_ranks.h"
 #include "cuda/sae_update.h"
 #include "cuda/shapley_reduce.h"
@@ -55,6 +56,7 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
 inline void bind(pybind11::module_& m) {
     const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def("candidate_values", &candidate_values, nogil);
+    m.def("compiled_for_device", &compiled_for_device, nogil);
     m.def("coalition_inputs", &coalition_inputs, nogil);
     m.def("random_ranks", &random_ranks, nogil);
     m.def("sae_update", &bind_sae_update, nogil);

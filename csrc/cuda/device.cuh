@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -37,25 +38,60 @@ struct Geometry {
     uintptr_t stream = 0;
 };
 
+#if defined(__CUDACC__)
+// Throw std::runtime_error with CUDA's message. The error is forgotten: cudaGetLastError gives the thread's last one,
+// so the next launch would take it for its own.
+inline void check(const char* name, cudaError_t status) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string(name) + ": CUDA says: " + cudaGetErrorString(status));
+}
+#endif
+
+// Let a kernel have so many bytes of dynamic shared memory. Makes a context current where the thread has none.
+template <class... P>
+void allow_shared(const char* name, void (*kernel)(P...), size_t bytes) {
+#if defined(__CUDACC__)
+    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+#else
+    static_cast<void>(name), static_cast<void>(kernel), static_cast<void>(bytes);
+#endif
+}
+
+// Dynamic shared memory that a kernel has without asking: 48 KiB, less what its own arrays take, which is below 16
+// here.
+constexpr size_t kUnasked = 32 << 10;
+
+// Bytes of shared memory that a block can have on the current device, a kernel's own arrays included.
+inline int64_t most_shared() {
+#if defined(__CUDACC__)
+    int device = 0, bytes = 0;
+    check("cudaGetDevice", cudaGetDevice(&device));
+    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+#else
+    return static_cast<int64_t>(simt::most_shared());
+#endif
+}
+
 // Enqueue a kernel. Throws std::runtime_error with CUDA's message; a launch that fails has started nothing.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Geometry& g, A... arguments) {
     if (g.grid.x == 0 || g.grid.y == 0 || g.grid.z == 0) return;
+    const bool asks = g.shared > kUnasked;
 #if defined(__CUDACC__)
-    cudaError_t status = cudaSuccess;
-    if (g.shared > 48 << 10) {
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.shared));
+    static std::mutex asking;  // what one thread allows a kernel, another must not lower before the launch
+    std::unique_lock<std::mutex> lock(asking, std::defer_lock);
+    if (asks) {
+        lock.lock();
+        allow_shared(name, kernel, g.shared);
     }
-    if (status == cudaSuccess) {
-        kernel<<<g.grid, g.block, g.shared, reinterpret_cast<cudaStream_t>(g.stream)>>>(static_cast<P>(arguments)...);
-        status = cudaGetLastError();
-    }
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(name) + ": CUDA says: " + cudaGetErrorString(status));
-    }
+    kernel<<<g.grid, g.block, g.shared, reinterpret_cast<cudaStream_t>(g.stream)>>>(static_cast<P>(arguments)...);
+    check(name, cudaGetLastError());
 #else
     static_cast<void>(name);
-    simt::run(g.grid, g.block, g.shared, [&] { kernel(static_cast<P>(arguments)...); });
+    const size_t most = asks ? simt::most_shared() : simt::kUnasked;
+    simt::run(g.grid, g.block, g.shared, [&] { kernel(static_cast<P>(arguments)...); }, most);
 #endif
 }
 

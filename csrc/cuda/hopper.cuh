@@ -186,9 +186,8 @@ inline TensorMap tensor_map(const char* name, uintptr_t address, uint64_t rows, 
 #if defined(__CUDACC__)
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess || found == nullptr) {
+    check(name, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    if (found == nullptr) {
         throw std::runtime_error(std::string(name) + ": the driver has no cuTensorMapEncodeTiled (needs CUDA 12)");
     }
     TensorMap map;

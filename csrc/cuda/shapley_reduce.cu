@@ -188,8 +188,11 @@ void run(uintptr_t values, uintptr_t ranks, int64_t e, int64_t S, int64_t U, int
     const int64_t rows = e * S, wide = p * o, chunks = (U + kUnits - 1) / kUnits;
     if (rows * wide == 0) return;
     Tile tile{};
-    tile.outputs = static_cast<int>(std::min(o, std::max<int64_t>(kMost / p, 1)));
-    const bool staged = 2 * (walks.points * tile.outputs + 4) * static_cast<int64_t>(sizeof(T)) <= kMostShared;
+    // Elements of a walk that fit one of two buffers beside `scales`; 16 bytes more at either end, to copy as many.
+    const int64_t shared = std::min(kMostShared, most_shared() - 1024);
+    const int64_t room = (shared / 2 - 32) / static_cast<int64_t>(sizeof(T));
+    tile.outputs = static_cast<int>(std::max<int64_t>(std::min({o, kMost / p, room / walks.points}), 1));
+    const bool staged = walks.points * tile.outputs <= room;
     tile.players = static_cast<int>(std::min(p, staged ? kMost : kMostUnstaged / tile.outputs));
     tile.across = static_cast<int>((o + tile.outputs - 1) / tile.outputs);
     tile.chunks = chunks;

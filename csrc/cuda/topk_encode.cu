@@ -38,6 +38,9 @@ void run(const char* name, const Matrix& x, const Matrix& w, int64_t d, const Ep
     }
     const Work work{static_cast<int>(x.rows), static_cast<int>(w.rows), static_cast<int>(tiles_of(d, kDepth)),
                     static_cast<int>(row_tiles), static_cast<int>(feature_tiles)};
+    // First: cuTensorMapEncodeTiled fails where no context is current, as in a thread of autograd's that is new to
+    // CUDA.
+    allow_shared(name, encode_kernel<Epilogue>, sizeof(Shared));
     const auto map = [&](const Matrix& m, uint32_t box_rows) {
         return hopper::tensor_map(name, m.address, static_cast<uint64_t>(m.rows), static_cast<uint64_t>(d),
                                   static_cast<uint64_t>(m.stride) * 2, box_rows);

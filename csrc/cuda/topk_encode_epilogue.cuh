@@ -5,6 +5,9 @@
 
 namespace microtome::cuda::encode {
 
+// A norm, or infinity where a sum of products on its way might become -inf, though the value is none: all is kept then.
+__device__ __forceinline__ float summable(float norm) { return norm < 0x1p62f ? norm : INFINITY; }
+
 // Append to a row's list every feature whose float32 value may reach the row's threshold. With N = |c| + |c - cb| of a
 // row and its bf16 rounding, unit = d 2^-24 (kernels/topk_encode.py proves it):
 //     |score - value| <= |w| (|c - cb| + 6 unit N) + |w - wb| N (1 + 4 unit).
@@ -29,7 +32,7 @@ struct Filter {
                 if (bias) biases[e] = __ldg(bias + feature + e);
             }
         }
-        to.bias_norm[pair] = make_float4(biases[0], biases[1], stats[0].y, stats[1].y);
+        to.bias_norm[pair] = make_float4(biases[0], biases[1], summable(stats[0].y), summable(stats[1].y));
         to.lost[pair] = make_float2(stats[0].z, stats[1].z);
     }
 
@@ -63,7 +66,7 @@ struct Filter {
             float cut[2], of_norm[2], of_lost[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float norm = stats[h].y + stats[h].z;
+                const float norm = summable(stats[h].y + stats[h].z);
                 cut[h] = threshold[h] - fabsf(threshold[h]) * 2e-6f;
                 of_norm[h] = (stats[h].z + 6.0f * filter.unit * norm) * 1.0002f;
                 of_lost[h] = norm * (1.0f + 4.0f * filter.unit) * 1.0002f;

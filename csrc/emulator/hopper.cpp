@@ -163,6 +163,7 @@ TensorMap encode_tensor_map(const void* address, uint64_t columns, uint64_t rows
     if (columns == 0 || rows == 0 || columns > uint64_t{1} << 32 || rows > uint64_t{1} << 32) {
         refuse("globalDim must lie in [1, 2^32]");
     }
+    if (row_bytes < columns * 2) refuse("globalStrides must not be below the size of a row");
     if (row_bytes % 16 || row_bytes >= uint64_t{1} << 40) refuse("globalStrides: multiples of 16 below 2^40");
     if (box_columns == 0 || box_columns > 256 || box_rows == 0 || box_rows > 256) refuse("boxDim: 1 to 256");
     if (inner % 16) refuse("the box's rows must be multiples of 16 bytes");

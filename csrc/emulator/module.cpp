@@ -17,5 +17,6 @@ PYBIND11_MODULE(_emulated_ext, m) {
                                                 : Order::kShuffled;
         microtome::simt::set_order(order, seed);
     });
+    m.def("set_most_shared", &microtome::simt::set_most_shared);
     m.def("failing_hopper_tests", &microtome::test::run_hopper_tests);
 }

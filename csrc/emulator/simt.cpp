@@ -86,7 +86,8 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::function<void()>> pending;
     Shared shared;
-    std::map<const void*, Shared> arrays;  // shared ones, by what names them
+    std::map<const void*, Shared> arrays;    // shared ones, by what names them
+    size_t own_shared = 0, most_shared = 0;  // bytes of those; of all shared memory at most
     const std::function<void()>* body = nullptr;
     std::string failure;
     std::mt19937_64 random;
@@ -94,6 +95,7 @@ struct Block {
 
 thread_local Block* block = nullptr;
 thread_local Order order = Order::kForward;
+size_t most_there_is = kMostShared;
 thread_local uint64_t seed = 0;
 thread_local uint64_t serial = 0;
 
@@ -138,6 +140,14 @@ void enter() {
 void arrange(Block& b) {
     if (order == Order::kReverse) std::reverse(b.turns.begin(), b.turns.end());
     if (order == Order::kShuffled) std::shuffle(b.turns.begin(), b.turns.end(), b.random);
+}
+
+// The dynamic part begins at a multiple of 1024 bytes behind a kernel's own arrays.
+void check_shared(size_t dynamic, size_t own, size_t most) {
+    const size_t bytes = (own + 1023) / 1024 * 1024 + dynamic;
+    if (bytes <= most) return;
+    throw std::runtime_error("emulator: a block has at most " + std::to_string(most >> 10) + " KiB of shared memory" +
+                             (most == kUnasked ? " unless it asks" : "") + ", not " + std::to_string(bytes) + " bytes");
 }
 
 [[noreturn]] void deadlock(const Block& b) {
@@ -188,11 +198,15 @@ void set_order(Order new_order, uint64_t new_seed) {
     seed = new_seed;
 }
 
-void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+size_t most_shared() { return most_there_is; }
+void set_most_shared(size_t bytes) { most_there_is = bytes; }
+
+void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body, size_t most) {
     const unsigned size = threads.x * threads.y * threads.z;
     if (size == 0 || size > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
-    if (shared_bytes > 227 << 10) throw std::runtime_error("emulator: a block has at most 227 KiB of shared memory");
+    check_shared(shared_bytes, 0, most);
     Block b;
+    b.most_shared = most;
     b.threads.resize(size);
     b.warps.resize((size + 31) / 32);
     b.turns.resize(size);
@@ -244,7 +258,11 @@ uint64_t block_serial() { return serial; }
 
 void* shared_array(const void* key, size_t bytes) {
     Shared& array = block->arrays[key];
-    if (array.size() == 0) array.reset(bytes);
+    if (array.size() == 0) {
+        array.reset(bytes);
+        block->own_shared += bytes;
+        check_shared(block->shared.size(), block->own_shared, block->most_shared);
+    }
     return array.data();
 }
 

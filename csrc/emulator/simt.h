@@ -29,8 +29,14 @@ namespace microtome::simt {
 
 enum class Order { kForward, kReverse, kShuffled };
 
-// Run a kernel: `body` is called once per thread. Shared memory starts out as 0xFF bytes, a NaN in every format.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// What a block has at most: a kernel that did not ask for more, on a device of 9.0; or the device that tests play.
+constexpr size_t kUnasked = 48 << 10, kMostShared = 227 << 10;
+size_t most_shared();
+void set_most_shared(size_t bytes);
+
+// Run a kernel: `body` is called once per thread. Shared memory starts out as 0xFF bytes, a NaN in every format. A
+// block that takes more than `most` of it, arrays of its own included, is an error.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, size_t most = most_shared());
 
 // The order of threads and blocks of the launches to come; a seed for the shuffled one.
 void set_order(Order order, uint64_t seed);

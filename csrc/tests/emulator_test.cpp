@@ -14,6 +14,7 @@ using cuda::Geometry;
 using cuda::launch;
 using simt::Order;
 
+char array_key;
 constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kShuffled};
 
 // Run `body` for every thread of one block and return what it wrote, or the error's text in `error`.
@@ -222,7 +223,10 @@ void a_geometry_that_no_gpu_has_is_refused() {
     run(1025, Order::kForward, [](int*) {}, &error);
     CHECK(error == "emulator: a block has 1 to 1024 threads");
     run(32, Order::kForward, [](int*) {}, &error, 228 << 10);
-    CHECK(error == "emulator: a block has at most 227 KiB of shared memory");
+    CHECK(error == "emulator: a block has at most 227 KiB of shared memory, not 233472 bytes");
+    const auto array = [](int*) { simt::shared_array(&array_key, 1); };
+    run(32, Order::kForward, array, &error, simt::kMostShared);
+    CHECK(error == "emulator: a block has at most 227 KiB of shared memory, not 233472 bytes");
 }
 
 }  // namespace microtome::test

@@ -71,6 +71,21 @@ def cuda() -> ModuleType:
     return native
 
 
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """None when the CUDA kernels were compiled for a device's architecture, else the reason."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        if cuda().compiled_for_device():
+            return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"the CUDA kernels were not compiled for compute capability {major}.{minor} (build with "
+        f"-C cmake.define.CMAKE_CUDA_ARCHITECTURES)"
+    )
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside the block, launches and allocations go to the tensor's device."""
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]

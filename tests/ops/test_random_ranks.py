@@ -5,13 +5,15 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from microtome import errors
+from microtome import _native, errors
 from microtome.ops import random_ranks, use_backend
 from microtome.ops.random_ranks import _ranks, philox
 from microtome.testing import backends_of
@@ -157,6 +159,31 @@ def test_more_players_than_a_block_sorts_are_refused_by_name(
     monkeypatch.setenv("MICROTOME_EMULATE_CUDA", "1")
     with pytest.raises(errors.BackendError, match=r"cuda: p=4097 \(a block sorts up to 4096"):
         drawn("cuda", torch.arange(1), 4097, 0)
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs the emulated kernels")
+def test_a_device_that_the_kernels_were_not_compiled_for_gets_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MICROTOME_EMULATE_CUDA", "1")
+    monkeypatch.setattr(_native, "why_not_on", lambda device: f"no kernels for {device}")
+    assert _ranks.choose(torch.arange(1), 3, 0).name == "reference"
+    with pytest.raises(errors.BackendError, match="cuda: no kernels for cpu"):
+        drawn("cuda", torch.arange(1), 3, 0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_kernels_say_which_devices_they_were_compiled_for(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        _native, "cuda", lambda: SimpleNamespace(compiled_for_device=lambda: compiled)
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    reason = _native.why_not_on.__wrapped__(torch.device("cuda", 0))
+    assert _native.why_not_on(torch.device("cpu")) is None
+    assert reason is None if compiled else "for compute capability 10.0 (build with" in reason
 
 
 def test_the_example_of_the_docstring_holds() -> None:

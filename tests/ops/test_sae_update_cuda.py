@@ -118,3 +118,10 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
             step("cuda", 1, d, 1, 1)
     with pytest.raises(BackendError, match=r"cuda: dtype float64 \(has float32\)"):
         step("cuda", 1, 4, 1, 1, torch.float64)
+
+
+def test_rows_whose_sums_fill_what_a_block_has_unasked_are_updated() -> None:
+    # 384 threads with 128 bytes each of b_dec's gradient, beside 3 KiB of entries and sums
+    got, expected = (step(backend, 2, 12288, 1, 1) for backend in ("cuda", "reference"))
+    for name, mine in got.items():
+        torch.testing.assert_close(mine, expected[name], atol=1e-5, rtol=1e-5, msg=name)

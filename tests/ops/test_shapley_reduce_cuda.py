@@ -5,6 +5,8 @@ test_shapley_reduce.py runs them through every case beside the other backends.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +51,7 @@ SIZES = {
     "eight players a thread": (1, 1, 2, 1, 2100, 1, True),
     "players in two tiles": (1, 1, 2, 1, 4100, 1, False),
     "outputs in three tiles": (1, 2, 3, 1, 70, 130, True),
+    "walks that leave no room for the scales": (1, 1, 2, 1, 1515, 1, True),
     "walks that shared memory does not hold": (1, 1, 1, 1, 14200, 1, True),
 }
 
@@ -95,3 +98,20 @@ def test_an_offset_far_from_zero_costs_the_spread_no_digits() -> None:
     shifted = (values + steps.to(DEVICE), ranks, False)
     got, exact = answer("cuda", shifted), answer("reference", shifted)
     torch.testing.assert_close(got[1], exact[1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.skipif(not EMULATED, reason="a device has the shared memory it has")
+@pytest.mark.parametrize("size", [(1, 1, 2, 1, 7000, 1, True), (1, 1, 2, 1, 1, 2500, True)])
+def test_a_device_with_less_shared_memory_gives_the_same(
+    size: tuple[int, int, int, int, int, int, bool],
+) -> None:
+    emulator = importlib.import_module("microtome._emulated_ext")
+    arguments = inputs(*size, torch.float64)
+    expected = answer("cuda", arguments)
+    try:
+        for compute_capability, most in {"8.0": 163, "8.9": 99}.items():
+            emulator.set_most_shared(most << 10)
+            got = answer("cuda", arguments)
+            assert all(map(torch.equal, got, expected)), compute_capability
+    finally:
+        emulator.set_most_shared(227 << 10)

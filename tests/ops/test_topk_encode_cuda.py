@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from microtome.kernels import topk_encode_cuda as hopper
+from microtome.kernels.topk_select_cuda import MOST_ACTIVE
 
 from microtome.ops import topk_encode, use_backend
-from microtome.ops.topk_encode import top_k
+from microtome.ops.topk_encode import _why_not_cuda, top_k
 from microtome.testing import cuda
 
 pytestmark = pytest.mark.skipif(not cuda.EMULATED, reason="the emulated CUDA kernels are not there")
@@ -171,6 +172,18 @@ def test_a_bound_that_is_not_a_number_keeps_its_feature():
     assert kept(lists) == [{37, 299}] * 70
 
 
+def test_a_score_that_overflows_on_the_way_to_its_value_is_kept():
+    x, w = torch.zeros(2, 24), torch.zeros(3, 24)
+    x[0, :4], w[1, :4] = torch.tensor([-1.0, -1.0, 1.0, 0.75]) * 2.0**63, 1.5 * 2.0**64
+    x[1, 0], w[2] = 1.0, 1.0
+    (x, x_stats), (w, w_stats) = shadow_rows(x), shadow_rows(w)
+    lists = lists_of(torch.tensor([-1e38, 0.5]), 3)  # x[0] w[1] is -0.375 2^127 = -6.4e37
+    hopper.keep(x, x_stats, w, w_stats, None, lists)
+    row, other = kept(lists)
+    assert 1 in row
+    assert 2 in other
+
+
 @pytest.mark.parametrize("order", cuda.ORDERS)
 def test_the_answer_from_the_lists_is_the_reference(order):
     cuda.set_order(order, 7)
@@ -226,3 +239,16 @@ def test_rows_that_the_copy_engine_cannot_read_are_copied():
     copy = hopper._aligned(unaligned)
     assert copy.stride() == (16, 1)
     assert torch.equal(copy[:, :9], unaligned)
+    one = torch.ones(8, dtype=torch.bfloat16).expand(3, 8)[:1]
+    assert one.is_contiguous()
+    assert one.stride() == (0, 1)
+    assert hopper._aligned(one).stride() == (8, 1)
+
+
+def test_more_active_than_a_block_sorts_is_a_reason_not_to_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, W_enc = torch.zeros(1, 8), torch.zeros(9000, 8)
+    arguments = (x, W_enc, None, None)
+    assert _why_not_cuda(*arguments, MOST_ACTIVE, "exact", "auto", None, None) is None
+    reason = _why_not_cuda(*arguments, MOST_ACTIVE + 1, "exact", "auto", None, None)
+    assert reason == "k=8193 (a block sorts up to 8192)"

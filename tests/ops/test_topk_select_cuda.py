@@ -96,6 +96,7 @@ def test_the_order_is_the_one_worked_by_hand() -> None:
         (32, 300, (65, 300), False),
         (64, 700, (129, 700), True),
         (130, 600, (513, 600), False),
+        (130, 5600, (514,), False),  # 47.75 KiB of keys: less than a block has, but for the rest
     ],
 )
 def test_every_row_gets_its_k_best_in_order(

@@ -104,6 +104,8 @@ def why_not_common(
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             has = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             return f"dtype {str(tensor.dtype).removeprefix('torch.')} (has {has})"
+        if backend == "cuda" and _native.why_not_on(tensor.device):
+            return _native.why_not_on(tensor.device)
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from microtome.ops.screen_weights import KINDS, Screen, stride
 
 PRECISIONS = ("exact", "fast", "fp8")
 SIGMAS, REPAIR = 6.0, 4.0  # of `topk_encode_fp8`
+MOST_ACTIVE_CUDA = 8192  # keys that a block sorts: csrc/cuda/topk_select.h
 
 
 def topk_encode(
@@ -257,14 +260,16 @@ def _why_not_triton(*args: Tensor | None) -> str | None:
     return why_not_common("triton", args[:4], (torch.float32, torch.bfloat16, torch.float16))
 
 
-def _why_not_cuda(*args: Tensor | None) -> str | None:
-    x = args[0]
+def _why_not_cuda(*args: Any) -> str | None:
+    x, k = args[0], args[4]
     reason = why_not_common("cuda", args[:4], (torch.float32, torch.bfloat16))
     if reason or unavailable("triton"):
         return reason or unavailable("triton")
-    if x is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
         return "the device is not of compute capability 9.0"
-    return "d is 0" if x is not None and x.shape[1] == 0 else None
+    if k > MOST_ACTIVE_CUDA:
+        return f"k={k} (a block sorts up to {MOST_ACTIVE_CUDA})"
+    return "d is 0" if x.shape[1] == 0 else None
 
 
 _encode = Op(
