@@ -155,8 +155,8 @@ def test_the_ratio_is_the_op_over_the_unit():
 
 def test_the_memory_peak_sees_what_a_run_allocates_and_frees():
     before = harness.memory_mark()
-    torch.zeros(8 * 2**20).add_(1.0)  # 32 MiB
-    assert 30 <= harness.memory_peak() - before <= 48
+    torch.zeros(16 * 2**20).add_(1.0)  # 64 MiB: above 32 malloc reuses nothing it holds
+    assert 62 <= harness.memory_peak() - before <= 80
 
 
 def test_the_memory_row_sees_the_pre_activations_that_the_reference_forms():
