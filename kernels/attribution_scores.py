@@ -48,7 +48,8 @@ def tile(cells: int, width: int, interpreted: bool) -> tuple[int, int]:
 def launch(source: Tensor, base: Tensor, grad: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """`attribution_scores`: a program per block of cells; each tensor is read once.
 
-    The order of a cell's sum depends on its width alone.
+    The order of a cell's sum depends on its width and, below a tile's worth of cells, on how many
+    there are: on a GPU fewer columns then share a thread.
     """
     n, w = source.shape
     scores = torch.empty(n, units, dtype=torch.float32, device=source.device)

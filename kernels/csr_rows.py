@@ -151,7 +151,8 @@ def compute(rows: Rows) -> None:
     if rows.everything:
         lists.count.fill_(rows.f)
     BN, BC = select.TILE if rows.passed.is_cuda else (32, 32)
-    select._value_kernel[(triton.cdiv(rows.n, BN), triton.cdiv(rows.capacity, BC))](
+    blocks = min(triton.cdiv(rows.capacity, BC), select.MOST)
+    select._value_kernel[(triton.cdiv(rows.n, BN), blocks)](
         *rows.weights, lists.count, lists.index, lists.value, rows.n, rows.d, rows.capacity,
         ALL=rows.everything, BN=BN, BC=BC, **rows.has, enable_fp_fusion=True,
     )  # fmt: skip

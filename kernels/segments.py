@@ -51,7 +51,8 @@ def tile(
     """Rows and columns a program works on: `size` elements, many more where every program costs
     milliseconds.
 
-    The columns are at most `widest`; the sums do not depend on the number of rows.
+    The columns are at most `widest`. Sums over entries do not depend on the number of rows. On a
+    GPU a sum over columns does, where the rows are fewer than a tile's: more threads share them.
     """
     columns = min(triton.next_power_of_2(max(d, 16)), widest)
     room = max((1 << 17 if interpreted else size) // columns, 1)

@@ -15,6 +15,7 @@ WIDTH = 128  # columns of x read at a time
 BLOCK = 64  # candidates compared with as many others
 SPREAD = 4  # programs that share a row's listed features
 SCAN = 256  # features of a repaired row looked at together
+MOST = 65535  # programs along a launch's second dimension that a GPU takes
 
 
 class Lists:
@@ -310,8 +311,8 @@ def value(
     """Compute the first count [rows] listed features of every row in float32."""
     (rows, d), capacity = x.shape, lists.index.shape[1]
     BN, BC = tile(x)
-    blocks = triton.cdiv(capacity, BC)
-    _value_kernel[(triton.cdiv(rows, BN), blocks if everything else min(blocks, SPREAD))](
+    blocks = min(triton.cdiv(capacity, BC), MOST if everything else SPREAD)
+    _value_kernel[(triton.cdiv(rows, BN), blocks)](
         *weights(x, W_enc, b_enc, b_dec), count, lists.index, lists.value, rows, d, capacity,
         ALL=everything, BN=BN, BC=BC, **constants(b_enc, b_dec),
     )  # fmt: skip

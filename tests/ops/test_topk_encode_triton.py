@@ -197,3 +197,21 @@ def test_a_plan_stays_within_its_workspace_and_within_32_bits(name: str, BN: int
     assert p.rows * 4 < 2**32  # a row's place in count
     assert p.capacity * 4 < 2**32  # bytes of a list
     assert tiles * BN < 2**31  # features, the last tile's included
+
+
+def test_a_launch_has_no_more_programs_beside_each_other_than_a_gpu_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(select, "_value_kernel", Kernel())
+    x, W = torch.zeros(1, 1), torch.zeros(3_000_000, 1)
+    lists = select.Lists(1, len(W), x.device)
+    select.value(lists, x, W, None, None, lists.count, everything=True)
+    select.value(lists, x, W, None, None, lists.count)
+    assert grids == [(1, 65535), (1, select.SPREAD)]
