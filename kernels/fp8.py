@@ -128,7 +128,8 @@ def screen(W_enc: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     look = Look("screen_weights", W_enc.device)
     if not W_enc.is_cuda:
         look.finite("W_enc", W_enc)
-    shadow, stats = rows(W_enc.contiguous(), None)
+    with torch.cuda.device_of(W_enc):
+        shadow, stats = rows(W_enc.contiguous(), None)
     if W_enc.is_cuda:
         look.finite("W_enc", W_enc, stats[:, 1])
     look.submit()

@@ -281,12 +281,13 @@ def sampled(
     rows, width = sample.shape
     groups = min(width // p.group, p.groups)
     BR, BC = (1, CHUNK) if sample.is_cuda else (32, 1024)
+    BG = triton.next_power_of_2(groups)
     _sampled_kernel[(triton.cdiv(rows, BR),)](
         sample, x_stats, *tops, lists.theta, lists.count, lists.index, lists.value,
         rows, f, width, groups, p.rank, p.stride, p.capacity, unit(p.sigmas, d),
-        TILE=p.BN, GROUP=p.group, BR=BR, BG=triton.next_power_of_2(groups), BC=BC,
-        FP8=p.sigmas > 0,
-        **THRESHOLD_OPTIONS,
+        TILE=p.BN, GROUP=p.group, BR=BR, BG=BG, BC=BC, FP8=p.sigmas > 0,
+        # A warp holds 2048 maxima in its registers; of 8192 some would spill.
+        **{**THRESHOLD_OPTIONS, "num_warps": max(BG // 2048, 1)},
     )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def feature_clamp(
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
         ArgumentError: an unknown mode, a feature outside [0, f) or named twice, no W_enc and no
-            current.
+            current. On a GPU a later call raises for a feature outside; one named twice moves a
+            row twice there.
         BackendError: a demanded backend cannot run these inputs.
 
     Differentiable in x, targets, W_enc, b_enc, b_dec, W_dec and current; the threshold is a step,
@@ -98,7 +99,7 @@ def feature_clamp(
             "the features follow, or the activations themselves as current=[n, m]."
         )
         raise ArgumentError(msg)
-    if not torch.compiler.is_compiling():
+    if _check.readable(features):
         _check.index_range(op, features, sizes["f"], name="features")
         if len(set(features.tolist())) < features.numel():
             msg = f"{op}: features must hold no number twice, got {features.tolist()[:10]}."
@@ -203,4 +204,5 @@ _clamp = Op(
     backends=[Backend("triton", "microtome.kernels.feature_clamp:launch", _why_not_triton)],
     backward=_backward,
     setup_context=_setup_context,
+    gathers={"features": ("W_dec", "f")},
 )
