@@ -90,8 +90,8 @@ def _sample_kernel(
     """maxima [rows, groups]: the largest score of each GROUP of W's f rows, which are a sample."""
     row_tile, tile = _tile(rows, tiles, BM, group_rows)
     score = _scores(
-        x, W, bias, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN, BD,
-        UPCAST, TMA,
+        x, x, W, W, bias, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM,
+        BN, BD, UPCAST, TMA, False,
     )  # fmt: skip
     best = tl.max(tl.reshape(score, (BM, BN // GROUP, GROUP)), 2)  # [BM, BN / GROUP]
     row = row_tile * BM + tl.arange(0, BM)

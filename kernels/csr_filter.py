@@ -69,8 +69,8 @@ def _filter_kernel(
     row_tile, tile = _tile(rows, tiles, BM, group_rows)
     row = row_tile * BM + tl.arange(0, BM)
     score = _scores(
-        x, W, bias, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM, BN, BD,
-        UPCAST, TMA,
+        x, x, W, W, bias, row_tile * BM, tile * BN, rows, f, d, x_stride, w_stride, HAS_BIAS, BM,
+        BN, BD, UPCAST, TMA, False,
     )  # fmt: skip
     lowest = narrow.lowest_score(
         theta, x_stats, tl.load(tops + tile * 2), tl.load(tops + tile * 2 + 1), row, rows, unit

@@ -46,7 +46,7 @@ def _hypot(a, b):
 
 
 @triton.jit
-def _spread(x_stats, row, rows, unit, FP8: tl.constexpr):
+def _spread(x_stats, row, rows, unit, FP8: tl.constexpr = False):
     """What |w| and |w - wb| are multiplied by in the bound of row [BM], and N.
 
     FP8: `unit` is sigmas / sqrt(d), and the two parts are standard deviations that `_error` adds as
@@ -70,7 +70,7 @@ def _error(of_w, of_lost, w_norm, w_lost, FP8: tl.constexpr):
 
 
 @triton.jit
-def lowest_score(theta, x_stats, w_norm, w_lost, row, rows, unit, FP8: tl.constexpr):
+def lowest_score(theta, x_stats, w_norm, w_lost, row, rows, unit, FP8: tl.constexpr = False):
     """The least score [BM] of a feature whose value reaches theta, for norms of w at most these.
 
     +inf for a row that has no list: beyond the last, or with theta +inf or NaN.
