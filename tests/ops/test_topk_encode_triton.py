@@ -176,11 +176,14 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("BN", [128, 256])
+@pytest.mark.parametrize(("BN", "sigmas"), [(128, 0.0), (256, 0.0), (128, 6.0)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_plan_stays_within_its_workspace_and_within_32_bits(name: str, BN: int) -> None:
+def test_a_plan_stays_within_its_workspace_and_within_32_bits(
+    name: str, BN: int, sigmas: float
+) -> None:
     n, f, k = SHAPES[name]
-    p = encode.plan(n, f, k, BN)
+    p = encode.plan(n, f, k, BN, sigmas, 4.0)
+    entry = 12 if sigmas else 8  # bytes of a listed feature
     tiles = -(-f // BN)
     width = -(-tiles // p.stride) * BN
     assert k <= p.capacity <= f
@@ -188,8 +191,8 @@ def test_a_plan_stays_within_its_workspace_and_within_32_bits(name: str, BN: int
     assert (p.rows - p.BM) * -(-n // p.rows) < max(n, 1)  # no block is empty
     if p.capacity == f:
         return
-    tile_of_rows = p.BM * (8 * p.capacity + 4 * width)
-    assert p.rows * (8 * p.capacity + 4 * width) <= max(encode.WORKSPACE, tile_of_rows)
+    tile_of_rows = p.BM * (entry * p.capacity + 4 * width)
+    assert p.rows * (entry * p.capacity + 4 * width) <= max(encode.WORKSPACE, tile_of_rows)
     assert width <= max(encode.MAXIMA + BN, 2 * f // encode.SAMPLE + BN)
     assert p.rank <= p.groups <= width
     assert p.rank * f <= p.capacity * width  # room for what the threshold lets through
