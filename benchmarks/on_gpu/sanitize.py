@@ -21,16 +21,15 @@ TOOLS = ("memcheck", "racecheck")
 SECONDS = 120.0
 FOUND = 7  # exit code that the tool is told to give where it found an error
 MAIN = Path(__file__).resolve().parents[1] / "gpu.py"
-PLACES = (
-    "/usr/local/cuda/bin/compute-sanitizer",
-    "/opt/nvidia/compute-sanitizer/compute-sanitizer",
-)
+NAME = "compute-sanitizer"
 
 
 def program() -> str | None:
-    """compute-sanitizer, if it is there."""
-    found = shutil.which("compute-sanitizer")
-    return found or next((place for place in PLACES if Path(place).exists()), None)
+    """compute-sanitizer, if it is there: on the path, or beside nvcc or in CUDA_HOME."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parents[1])]
+    folders = [f"{home}/{part}" for home in homes if home for part in ("bin", NAME)]
+    return shutil.which(NAME) or shutil.which(NAME, path=os.pathsep.join(folders))
 
 
 def once(which: str) -> int:
