@@ -72,7 +72,9 @@ class InputGame:
             self.player = self.player.to(self.rows.x.device)
         self.explicands, self.backgrounds = len(self.rows.x), len(self.rows.background)
         self.evaluations = 0
-        self.per_call = rows_a_call(memory, self.rows.row_bytes, self.rows.x.device)
+        self.per_call = rows_a_call(
+            memory, self.rows.row_bytes, self.rows.x.device, self.rows.torch
+        )
         self._call = Outputs(f"{op}: f", function, self._hint)
         self._ends: tuple[Tensor, Tensor] | None = None
 
