@@ -27,10 +27,10 @@ import triton.language as tl
 from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
 from microtome.kernels import topk_encode as encode
-from microtome.kernels.csr_rows import place_of, refill, set_apart
+from microtome.kernels.csr_rows import set_apart, whole_row
 from microtome.kernels.radix import Radix, digits, order_of
 from microtome.kernels.topk_encode import _scores, _tile
-from microtome.kernels.topk_select import _key
+from microtome.kernels.topk_select import _key, better_than
 from torch import Tensor
 
 from microtome._csr import offsets_of
@@ -157,10 +157,9 @@ def _count_kernel(
     border = tl.load(kth)
     if WHOLE:
         for turn in range(tl.program_id(0), tl.load(failures), slots):
-            row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-            mine = scratch + place_of(turn, slots) * f
-            if turn >= slots:
-                refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+            row, mine = whole_row(
+                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
+            )
             length = tl.zeros((BN,), tl.int32) + f
             more, equal, wrong = _tally(mine, row * 0, length, border, BN, BC)
             tl.store(above + row, more)
@@ -194,14 +193,7 @@ def _write_kernel(
         mine = tl.load(value + place, mask=at < listed, other=0.0)  # [BN, BC]
         feature = tl.load(index + place, mask=at < listed, other=0)
         key = _key(mine, feature)
-        better = tl.zeros((BN, BC), tl.int32)
-        for other in range(0, most, BC):
-            at_other = (other + tl.arange(0, BC))[None, :]
-            place = row[:, None] * capacity + at_other
-            their = tl.load(value + place, mask=at_other < listed, other=0.0)
-            their_key = _key(their, tl.load(index + place, mask=at_other < listed, other=0))
-            their_key = tl.where(at_other < listed, their_key, -4611686018427387905)
-            better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
+        better = better_than(key, value, index, row, listed, most, capacity, BN, BC)
         chosen = (at < listed) & (better < wanted)
         tl.store(values + begin + better, mine.to(values.dtype.element_ty), mask=chosen)
         tl.store(indices + begin + better, feature, mask=chosen)
@@ -217,10 +209,9 @@ def _write_whole_kernel(
     """Gather each whole row's entries in order of their features, then place them by value."""
     border = tl.load(kth)
     for turn in range(tl.program_id(0), tl.load(failures), slots):
-        rows = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-        mine = scratch + place_of(turn, slots) * f
-        if turn >= slots:
-            refill(x, b_dec, W, bias, rows, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+        _, mine = whole_row(
+            x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
+        )
         row = tl.load(failed + turn).to(tl.int64)
         wanted = tl.load(taken + row).to(tl.int32)
         quota = wanted - tl.load(above + row)  # of the entries at the border

@@ -119,25 +119,26 @@ def _whole_kernel(
 
 
 @triton.jit
-def place_of(turn, slots):
-    """The row of the scratch that holds a whole row's values: its own, or the program's."""
-    return tl.program_id(0).to(tl.int64) + tl.where(turn >= slots, slots, 0)
-
-
-@triton.jit
-def refill(
-    x, b_dec, W, bias, row, scratch, f, d,
+def whole_row(
+    x, b_dec, W, bias, failed, scratch, turn, slots, f, d,
     HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Compute all values of one row [1] into this program's scratch [f]."""
-    tl.debug_barrier()
-    for first in range(0, f, BC):
-        feature = (first + tl.arange(0, BC))[None, :]
-        result = _dots(
-            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
-        )
-        tl.store(scratch + feature, result, mask=feature < f)
-    tl.debug_barrier()
+    """A whole row's number [1], and where its values [f] lie in the scratch.
+
+    Beyond the first `slots` they are computed now, into the program's own room.
+    """
+    row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
+    scratch += (tl.program_id(0).to(tl.int64) + tl.where(turn >= slots, slots, 0)) * f
+    if turn >= slots:
+        tl.debug_barrier()
+        for first in range(0, f, BC):
+            feature = (first + tl.arange(0, BC))[None, :]
+            result = _dots(
+                x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
+            )
+            tl.store(scratch + feature, result, mask=feature < f)
+        tl.debug_barrier()
+    return row, scratch
 
 
 def block(rows: Rows) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from microtome.kernels.csr_rows import Rows, block, place_of, refill
+from microtome.kernels.csr_rows import Rows, block, whole_row
 from microtome.kernels.topk_select import _order, _unorder
 from torch import Tensor
 
@@ -58,10 +58,9 @@ def _histogram_kernel(
     known = tl.load(found)
     if WHOLE:
         for turn in range(tl.program_id(0), tl.load(failures), slots):
-            row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-            mine = scratch + place_of(turn, slots) * f
-            if turn >= slots:
-                refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+            row, mine = whole_row(
+                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
+            )
             length = tl.zeros((BN,), tl.int32) + f
             _tally(mine, row * 0, length, known, shift, histogram, BN, BC)
     else:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
-from microtome.kernels.csr_rows import place_of, refill
+from microtome.kernels.csr_rows import whole_row
 from torch import Tensor
 
 from microtome._csr import offsets_of
@@ -79,10 +79,9 @@ def _count_kernel(
 ):  # fmt: skip
     if WHOLE:
         for turn in range(tl.program_id(0), tl.load(failures), slots):
-            row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-            mine = scratch + place_of(turn, slots) * f
-            if turn >= slots:
-                refill(x, b_dec, W, bias, row, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+            row, mine = whole_row(
+                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
+            )
             length = tl.zeros((BN,), tl.int32) + f
             a, b, wrong = _tally(mine, index, row * 0, length, theta, half, False, WINDOW, BN, BC)
             tl.store(many + row, a)
@@ -156,10 +155,9 @@ def _write_whole_kernel(
 ):  # fmt: skip
     """Place the entries of each whole row one after another."""
     for turn in range(tl.program_id(0), tl.load(failures), slots):
-        rows = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-        mine = scratch + place_of(turn, slots) * f
-        if turn >= slots:
-            refill(x, b_dec, W, bias, rows, mine, f, d, HAS_B_DEC, HAS_BIAS, BF, BD)
+        _, mine = whole_row(
+            x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
+        )
         row = tl.load(failed + turn).to(tl.int64)
         begin = tl.load(offsets + row)
         near_begin = tl.load(near_offsets + row)

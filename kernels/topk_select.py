@@ -57,6 +57,25 @@ def _key(value, index):
 
 
 @triton.jit
+def better_than(
+    key, value, index, row, listed, most, capacity, BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """How many of the first `listed` [BN, 1] candidates of each row come before each key [BN, BC].
+
+    most: the largest of `listed`.
+    """
+    better = tl.zeros((BN, BC), tl.int32)
+    for first in range(0, most, BC):
+        at = (first + tl.arange(0, BC))[None, :]
+        place = row[:, None] * capacity + at
+        their = tl.load(value + place, mask=at < listed, other=0.0)
+        their_key = _key(their, tl.load(index + place, mask=at < listed, other=0))
+        their_key = tl.where(at < listed, their_key, -4611686018427387905)
+        better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
+    return better
+
+
+@triton.jit
 def _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
           BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """float32 pre-activations [BN, BC] of rows [BN]; a sum does not depend on its neighbours."""
@@ -160,14 +179,7 @@ def _select_kernel(
         mine = tl.load(value + row[:, None] * capacity + at, mask=mask, other=0.0)  # [BN, BC]
         feature = tl.load(index + row[:, None] * capacity + at, mask=mask, other=0)
         key = _key(mine, feature)
-        better = tl.full((BN, BC), 0, tl.int32)
-        for other in range(0, most, BC):
-            at_other = (other + tl.arange(0, BC))[None, :]
-            place = row[:, None] * capacity + at_other
-            their = tl.load(value + place, mask=at_other < listed, other=0.0)
-            their_key = _key(their, tl.load(index + place, mask=at_other < listed, other=0))
-            their_key = tl.where(at_other < listed, their_key, -4611686018427387905)
-            better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
+        better = better_than(key, value, index, row, listed, most, capacity, BN, BC)
         chosen = mask & (better < k) & ~bad
         place = row[:, None] * k + better
         tl.store(values + place, mine.to(values.dtype.element_ty), mask=chosen)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from microtome import _native
 
+if TYPE_CHECKING:
+    from microtome.kernels.topk_select import Lists
+
 _HAS = (torch.float32, torch.bfloat16)
 WIDEST, MOST_ACTIVE = 49152, 8192  # columns whose float32 fit shared memory; keys sorted in it
-
-
-class Lists(Protocol):
-    """Candidates of some rows, as `microtome.kernels.topk_select.Lists` has them."""
-
-    theta: Tensor  # [n] float32
-    count: Tensor  # [n] int32
-    index: Tensor  # [n, capacity] int32
-    value: Tensor  # [n, capacity] float32
-    failed: Tensor  # [n] int32
-    failures: Tensor  # [1] int32
 
 
 def why_not(x: Tensor, W_enc: Tensor, k: int) -> str | None:
