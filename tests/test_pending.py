@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,15 +22,6 @@ from microtome.testing.paper import PaperGpu
 
 CPU = torch.device("cpu")
 NAN = float("nan")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
-    monkeypatch.delenv("MICROTOME_SYNC_CHECKS", raising=False)
-    paper = PaperGpu()
-    monkeypatch.setattr(_pending, "gpu", paper)
-    yield paper
-    _pending._waiting.clear()
 
 
 def ask(op: str = "an_op", *bad: int, rows: int = 4, name: str = "x") -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 import microtome as mt
-from microtome import _pending, errors
+from microtome import errors
 from microtome.ops.sparse_decode_csr import csr_decode, csr_grad_values
 from microtome.testing import Case
 from microtome.testing.paper import PaperGpu
@@ -24,15 +23,6 @@ if RUNS:
 
 CASE = Case("later", 5, 16, 400, 8)
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
-    monkeypatch.delenv("MICROTOME_SYNC_CHECKS", raising=False)
-    paper = PaperGpu()
-    monkeypatch.setattr(_pending, "gpu", paper)
-    yield paper
-    _pending._waiting.clear()
 
 
 @pytest.fixture

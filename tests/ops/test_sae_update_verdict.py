@@ -3,8 +3,6 @@ not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -37,15 +35,6 @@ BACKENDS = [
 ]
 n, d, f, k = 5, 20, 7, 2
 NAN = float("nan")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
-    monkeypatch.delenv("MICROTOME_SYNC_CHECKS", raising=False)
-    paper = PaperGpu()
-    monkeypatch.setattr(_pending, "gpu", paper)
-    yield paper
-    _pending._waiting.clear()
 
 
 @pytest.fixture(autouse=True)
