@@ -135,7 +135,7 @@ def newest_of_ranks(folder: Path, sae: ShardedSAE) -> Checkpoint | None:
         heads, _ = ranks.gather(numbers=whole)
         if all(head[0] for head in heads):
             return found
-        damaged += trouble + " "
+        damaged += trouble and trouble + " "
     with ranks.together():
         if damaged:
             msg = f"no whole checkpoint in {folder}: {damaged}Move the folder away to start again."

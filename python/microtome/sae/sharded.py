@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,22 @@ def shard(sae: SAE, mesh: DeviceMesh | None = None) -> ShardedSAE:
     return ShardedSAE(sae, mesh)
 
 
+@contextmanager
+def torchrun(sae: SAE) -> Iterator[SAE | ShardedSAE]:
+    """The SAE shared out to the processes that torchrun started, where it did; else the SAE.
+
+    Opens the process group for the block, by gloo on a CPU and NCCL on a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield sae
+        return
+    dist.init_process_group("nccl" if sae.W_enc.is_cuda else "gloo")
+    try:
+        yield shard(sae)
+    finally:
+        dist.destroy_process_group()
+
+
 class ShardedSAE(nn.Module):
     """An SAE of which every rank holds some features. `shard` makes it.
 
@@ -126,11 +144,16 @@ class ShardedSAE(nn.Module):
             self.register_parameter(name, nn.Parameter(spread, requires_grad=False))
         # In a tuple, so that its parameters do not count a second time.
         self._local = (mine,)
+        self._version = self.W_enc._version
 
     @property
     def local(self) -> SAE:
         """The SAE of this rank's features."""
-        return self._local[0]
+        mine = self._local[0]
+        if self.W_enc._version != self._version:  # written through the DTensor: no count of ours
+            self._version = self.W_enc._version
+            mine.drop_screen()
+        return mine
 
     @property
     def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

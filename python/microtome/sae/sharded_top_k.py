@@ -80,8 +80,8 @@ def _merged(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor, Te
     Ranks follow each other by index and so do a rank's equal values: a stable sort leaves ties to
     the lower index.
     """
-    n = values.shape[1]
-    flat, numbers = (t.transpose(0, 1).reshape(n, -1) for t in (values, indices))
+    size, n, q = values.shape
+    flat, numbers = (t.transpose(0, 1).reshape(n, size * q) for t in (values, indices))
     order = torch.sort(flat, dim=1, descending=True, stable=True).indices[:, :k]
     return flat.gather(1, order), numbers.gather(1, order), order
 
