@@ -20,6 +20,7 @@ from benchmarks.floors import (  # noqa: E402
     Need,
     decode_need,
     encode_need,
+    exchange_bytes,
     gather_bytes,
     state_bytes,
     step_ms,
@@ -142,3 +143,16 @@ def test_the_page_shows_the_acceptance_table_that_the_results_give() -> None:
     # No time of a card stands on the page by hand.
     outside = page.replace(goals.acceptance(sheet.read(results)), "")
     assert not re.search(r"\d (ms|TFLOP/s|GB/s|TB/s)\b", outside)
+
+
+def test_the_bytes_that_ranks_exchange_are_candidates_and_rows():
+    # 10 rows of d = 6, k = 8, 4 ranks: 5 candidates of 8 bytes a row, 3 rows a rank
+    bytes_ = exchange_bytes(10, 6, 8, 4)
+    assert bytes_["encode"] == 3 * 10 * 5 * 8
+    assert bytes_["encode whole"] == 3 * 10 * 8 * 8
+    assert bytes_["decode"] == 2 * 3 * 3 * 6 * 4
+    assert bytes_["step"] == 1200 + 432 + 3 * 6 * 8
+    assert exchange_bytes(10, 6, 8, 4, k_aux=2)["step"] == 1776 + 3 * 10 * 2 * 8 + 432
+    assert set(exchange_bytes(10, 6, 8, 1, k_aux=2).values()) == {0}
+    # 70 MB, where the dense gradients of f = 65536 are 1.2 GB
+    assert exchange_bytes(4096, 2304, 64, 8)["step"] * 17 < 4 * 2 * 65536 * 2304

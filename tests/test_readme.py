@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 PAGES = [
     "training",
+    "parallel",
     "activations",
     "patching",
     "shapley",
@@ -46,11 +48,21 @@ PAGES = [
 def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    if page == "parallel":  # as torchrun would, for one process
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in alone.items():
+            monkeypatch.setenv(name, value)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(compile(code, f"{page}.md", "exec"), names)
     if page == "training":
         assert (tmp_path / "run" / "metrics.json").exists()
+    elif page == "parallel":
+        assert names["whole"].n_features == 512
+        assert (tmp_path / "parallel-run/checkpoints/step_20/shard_0.safetensors").exists()
     elif page == "patching":
         assert (tmp_path / "resid_pre.png").exists()
         assert names["grid"].shape == names["sweep"].scores.shape == (4, 16)

@@ -15,6 +15,7 @@ _PUBLIC = {
     "SparseCode": "microtome.sae",
     "TrainConfig": "microtome.sae",
     "train": "microtome.sae",
+    "shard": "microtome.sae",
     "evaluate": "microtome.sae",
     "capture": "microtome.models",
     "sites": "microtome.models",

@@ -36,14 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except MicrotomeError as error:
-        print(f"microtome: {error}", file=sys.stderr)
+        if _first_rank() or not error.agreed:  # what all ranks raise is said once
+            print(f"microtome: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"\nmicrotome: interrupted. {arguments.kept.format(**vars(arguments))}", file=sys.stderr
-        )
+        if _first_rank():
+            kept = arguments.kept.format(**vars(arguments))
+            print(f"\nmicrotome: interrupted. {kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def _first_rank() -> bool:
+    """Whether this process speaks for all: torchrun sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,7 +188,8 @@ def _add_train(commands: Any) -> None:
         "train",
         _train,
         "Train a TopK sparse autoencoder on an activation store. The last part of the store is "
-        "held out for the metrics. Run the same command again to resume.",
+        "held out for the metrics. Run the same command again to resume. Under torchrun the "
+        "features are shared out to the processes.",
         "microtome train --store acts --features 8192 --k 32 --steps 2000 --out run",
         "Checkpoints in {out} are kept; run the same command to go on from the last one.",
     ).add_argument
@@ -216,6 +223,7 @@ def _add_train(commands: Any) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from microtome.models import ActivationStore
     from microtome.sae import SAE, TopK, TrainConfig, train
+    from microtome.sae.sharded import torchrun
 
     if arguments.steps is not None and arguments.tokens is not None:
         msg = (
@@ -231,7 +239,10 @@ def _train(arguments: argparse.Namespace) -> None:
     names += ("log_every", "checkpoint_every", "seed", "wandb", "tensorboard")
     config = TrainConfig(tokens=tokens, **{name: getattr(arguments, name) for name in names})
     sae = SAE(store.d, arguments.features or 16 * store.d, TopK(arguments.k), seed=arguments.seed)
-    result = train(sae, rows, config, held_out=held_out, out=arguments.out)
+    with torchrun(sae) as shared:
+        result = train(shared, rows, config, held_out=held_out, out=arguments.out)
+    if not _first_rank():
+        return
     for name, value in result.metrics.items():
         print(f"{name:<16} {value}")
     print(

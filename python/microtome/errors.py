@@ -10,9 +10,11 @@ class MicrotomeError(Exception):
 
     Attributes:
         late: whether it is about an earlier call, whose check came back from a GPU only now.
+        agreed: whether every rank of a distributed run raises the same.
     """
 
     late = False
+    agreed = False
 
 
 class ShapeError(MicrotomeError, ValueError):
@@ -53,6 +55,10 @@ class StoreError(MicrotomeError, OSError):
 
 class CheckpointError(StoreError):
     """A saved SAE or training state cannot be read or written; nothing was changed."""
+
+
+class DistributedError(MicrotomeError, RuntimeError):
+    """The ranks of a distributed run do not fit together, or one of them failed: which, and why."""
 
 
 class PackageError(MicrotomeError, ImportError):

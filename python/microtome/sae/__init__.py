@@ -4,6 +4,7 @@ from microtome.sae.code import SparseCode
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import Evaluation, evaluate
 from microtome.sae.sae import SAE, TopK
+from microtome.sae.sharded import ShardedSAE, shard
 from microtome.sae.source import ActivationSource, InMemory
 from microtome.sae.train import TrainResult, train
 
@@ -12,10 +13,12 @@ __all__ = [
     "ActivationSource",
     "Evaluation",
     "InMemory",
+    "ShardedSAE",
     "SparseCode",
     "TopK",
     "TrainConfig",
     "TrainResult",
     "evaluate",
+    "shard",
     "train",
 ]

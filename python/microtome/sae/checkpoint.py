@@ -5,34 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from microtome.errors import CheckpointError
-from microtome.sae import files, saelens_layout
+from microtome.sae import files, saelens_layout, sharded_checkpoint
+from microtome.sae.checkpoint_folder import (
+    HASHES,
+    STATE,
+    Checkpoint,
+    check_hash,
+    numbered,
+    put_in_place,
+    remove_halves,
+    remove_old,
+)
 from microtome.sae.sae import SAE
+from microtome.sae.sharded import ShardedSAE
 
-_TENSORS, _STATE, _HASHES = "training.safetensors", "training.json", "sha256.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint folder held, checked against its hashes.
-
-    Attributes:
-        step: steps taken.
-        saved: the SAE's weights.
-        tensors: the optimizer's state and the dead-latent counts.
-        described: the rest of the optimizer's state.
-    """
-
-    step: int
-    saved: saelens_layout.Saved
-    tensors: dict[str, Tensor]
-    described: Any
+_TENSORS = "training.safetensors"
 
 
 def save(
@@ -55,39 +49,39 @@ def save(
         k, center = sae.activation.k, sae.center
         hashes = saelens_layout.write(aside, sae.parameters_in_order, k, center, metadata)
         hashes[_TENSORS] = files.write_safetensors(aside / _TENSORS, tensors)
-        hashes[_STATE] = files.write_json(aside / _STATE, {"step": step, "optimizer": described})
-        files.write_json(aside / _HASHES, hashes)
-        with files.disk_errors(final):
-            if final.exists():  # damaged, or it would have been resumed from
-                shutil.rmtree(final)
-            aside.rename(final)
+        hashes[STATE] = files.write_json(aside / STATE, {"step": step, "optimizer": described})
+        files.write_json(aside / HASHES, hashes)
+        put_in_place(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    files.sync_folder(folder)
-    for old in _numbered(folder)[keep:]:
-        shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
+    remove_old(folder, keep)
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint.
+def load(path: Path, features: range | None = None) -> Checkpoint:
+    """Read one checkpoint, whether one process wrote it or several ranks.
+
+    Args:
+        path: step_N.
+        features: the features whose weights and state are wanted; None for all.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
     """
-    hashes = files.read_json(path / _HASHES)
-    names = {saelens_layout.CFG, saelens_layout.WEIGHTS, _TENSORS, _STATE}
+    hashes = files.read_json(path / HASHES)
+    if sharded_checkpoint.is_sharded(hashes):
+        return sharded_checkpoint.load(path, hashes, features)
+    names = {saelens_layout.CFG, saelens_layout.WEIGHTS, _TENSORS, STATE}
     if not isinstance(hashes, dict) or set(hashes) != names:
-        msg = f"checkpoint {path}: {_HASHES} does not name the four files of a checkpoint."
+        msg = f"checkpoint {path}: {HASHES} does not name the four files of a checkpoint."
         raise CheckpointError(msg)
-    for name, digest in hashes.items():
-        if files.sha256(path / name) != digest:
-            msg = f"checkpoint {path}: {name} is truncated or corrupt (its sha256 differs)."
-            raise CheckpointError(msg)
-    state = files.read_json(path / _STATE)
+    for name in hashes:
+        check_hash(path, name, hashes)
+    state = files.read_json(path / STATE)
     tensors = files.read_safetensors(path / _TENSORS)
-    return Checkpoint(state["step"], saelens_layout.read(path), tensors, state["optimizer"])
+    found = Checkpoint(state["step"], saelens_layout.read(path), tensors, state["optimizer"])
+    return found if features is None else found.part(features)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -100,10 +94,9 @@ def newest(folder: Path) -> Checkpoint | None:
     """
     if not folder.is_dir():
         return None
-    for left in folder.glob(".step_*.part"):
-        shutil.rmtree(left, ignore_errors=True)
+    remove_halves(folder)
     damaged = []
-    for step in _numbered(folder):
+    for step in numbered(folder):
         try:
             return load(folder / f"step_{step}")
         except CheckpointError as error:
@@ -116,7 +109,35 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _numbered(folder: Path) -> list[int]:
-    """Steps of the checkpoints present, newest first."""
-    names = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+def newest_of_ranks(folder: Path, sae: ShardedSAE) -> Checkpoint | None:
+    """The newest checkpoint that every rank can read its features from; None without any.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    ranks, below, damaged = sae.ranks, None, ""
+    if ranks.first:
+        remove_halves(folder)
+    while True:
+        steps = [s for s in numbered(folder) if below is None or s < below]
+        proposed = torch.tensor([steps[0] if steps else -1], device=ranks.device)
+        heads, _ = ranks.gather(numbers=proposed)
+        below = int(heads[0][0])
+        if below < 0:
+            break
+        found, trouble = None, ""
+        try:
+            found = load(folder / f"step_{below}", sae.features)
+        except CheckpointError as error:
+            trouble = str(error)
+            warnings.warn(f"{trouble} Trying the one before it.", stacklevel=2)
+        whole = torch.tensor([found is not None], device=ranks.device)
+        heads, _ = ranks.gather(numbers=whole)
+        if all(head[0] for head in heads):
+            return found
+        damaged += trouble and trouble + " "
+    with ranks.together():
+        if damaged:
+            msg = f"no whole checkpoint in {folder}: {damaged}Move the folder away to start again."
+            raise CheckpointError(msg)
+    return None

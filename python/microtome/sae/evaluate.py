@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError
-from microtome.ops import sae_loss
+from microtome.sae.exchange import ALONE
 from microtome.sae.sae import SAE
-from microtome.sae.source import as_source
+from microtome.sae.sharded import ShardedSAE
+from microtome.sae.source import ActivationSource, as_source
 
 Splice = Callable[[nn.Module, str, Callable[[Tensor], Tensor]], AbstractContextManager[Any]]
 
@@ -61,7 +63,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE,
+    sae: SAE | ShardedSAE,
     activations: Any,
     *,
     model: nn.Module | None = None,
@@ -75,7 +77,7 @@ def evaluate(
     """Measure an SAE on held-out activations, and inside its model if one is given.
 
     Args:
-        sae: the autoencoder.
+        sae: the autoencoder; of a sharded one every rank makes the call, and gets the same numbers.
         activations: a tensor [rows, d], an ActivationStore or a view of one.
         model: the language model the activations came from; needs `site` and `tokens`.
         site: where the reconstruction goes, such as "resid_post.10".
@@ -97,15 +99,18 @@ def evaluate(
     """
     source = as_source("evaluate", activations, sae.d_model)
     _check.between("evaluate", "batch_size", batch_size, 1, 2**31)
-    n, f, W = len(source), sae.n_features, sae.W_enc
+    n, f, W = len(source), sae.n_features, sae.parameters_in_order[0]
+    ranks = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
     counts = torch.zeros(f, dtype=torch.int64)
     mean, energy, error = torch.zeros(sae.d_model, dtype=torch.float64), 0.0, 0.0
     origin = None  # sums are taken from the first row, or a large common offset would cancel digits
     for start in tqdm(range(0, n, batch_size), desc="evaluate", unit="batch", disable=not progress):
-        x = source.rows(slice(start, min(n, start + batch_size))).to(W.device, W.dtype)
+        rows = slice(start, min(n, start + batch_size))
+        x = ranks.attempt(
+            partial(_moved, source, rows, W), partial(W.new_zeros, rows.stop - start, sae.d_model)
+        )
         code = sae.encode(x)
-        sse, _, _ = sae_loss(x, code.values, code.indices, sae.W_dec, sae.b_dec)
-        error += float(sse.double().sum())
+        error += float(sae.squared_errors(x, code).double().sum())
         fired = code.indices[code.values > 0].long()
         counts += torch.bincount(fired, minlength=f).cpu()
         wide = x.double().cpu()
@@ -128,8 +133,12 @@ def evaluate(
     )
 
 
+def _moved(source: ActivationSource, rows: slice, like: Tensor) -> Tensor:
+    return source.rows(rows).to(like.device, like.dtype)
+
+
 def _cross_entropies(
-    sae: SAE,
+    sae: SAE | ShardedSAE,
     model: nn.Module,
     site: str,
     tokens: Tensor,

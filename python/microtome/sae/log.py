@@ -71,6 +71,12 @@ class JsonLines:
             self._file.close()
 
 
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that another rank writes."""
+    lines = (_parse(raw) for raw in path.read_bytes().splitlines(keepends=True))
+    return [line for line in lines if line is not None]
+
+
 def _parse(raw: bytes) -> dict[str, Any] | None:
     """A whole line of the log, or None."""
     try:

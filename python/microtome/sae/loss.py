@@ -71,9 +71,13 @@ def dead_set(
     n_dead = len(latents)
     if n_dead == 0:
         return None
+    return DeadSet(latents, *aux_share(n_dead, d, config))
+
+
+def aux_share(n_dead: int, d: int, config: TrainConfig) -> tuple[int, float]:
+    """How many of n_dead dead latents reconstruct a row, and AuxK's weight; see `DeadSet`."""
     k_aux = config.k_aux or max(1, d // 2)
-    weight = config.auxk_coefficient * min(n_dead / k_aux, 1.0)
-    return DeadSet(latents, min(k_aux, n_dead), weight)
+    return min(k_aux, n_dead), config.auxk_coefficient * min(n_dead / k_aux, 1.0)
 
 
 def total_variance(x: Tensor) -> float:

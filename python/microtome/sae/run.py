@@ -12,16 +12,18 @@ from torch import Tensor
 
 from microtome import __version__
 from microtome.errors import CheckpointError
-from microtome.sae import checkpoint, files
+from microtome.sae import checkpoint, files, sharded_checkpoint
 from microtome.sae.config import TrainConfig
-from microtome.sae.log import JsonLines, Sink, extra_sinks
+from microtome.sae.exchange import ALONE
+from microtome.sae.log import JsonLines, Sink, extra_sinks, logged
 from microtome.sae.loss import Losses
 from microtome.sae.sae import SAE
+from microtome.sae.sharded import ShardedSAE
 from microtome.sae.source import ActivationSource
 
 
 class Stepper(Protocol):
-    """`FusedStep` or `UnfusedStep`."""
+    """`FusedStep`, `UnfusedStep` or `ShardedStep`."""
 
     since_fired: Tensor
     settings: dict[str, str]
@@ -42,6 +44,8 @@ class Stepper(Protocol):
 class Run:
     """A run in memory, and on disk when it has a folder.
 
+    Of a sharded SAE every rank has a Run; the first one writes all but the shards of a checkpoint.
+
     Args:
         out: the folder, or None. A folder that holds a run with these settings is continued.
         sae: trained in place.
@@ -60,30 +64,53 @@ class Run:
     def __init__(
         self,
         out: Path | None,
-        sae: SAE,
+        sae: SAE | ShardedSAE,
         stepper: Stepper,
         source: ActivationSource,
         config: TrainConfig,
     ) -> None:
         self.out, self.sae, self.stepper, self.config = out, sae, stepper, config
+        self.ranks = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
         self.step, self.saved = 0, -1
         self.history: list[dict[str, Any]] = []
         self._log: JsonLines | None = None
-        if out is not None:
-            _check_same(out, _identity(sae, stepper, source, config))
-            found = checkpoint.newest(out / "checkpoints")
-            if found is not None:
-                self._take_over(found)
-            self._log = JsonLines(out / "log.jsonl", self.step)
-            self.history = list(self._log.history)
         self._sinks: list[Sink] = []
+        if out is not None:
+            self._open(out, source)
         try:
-            self._sinks = extra_sinks(config, out, self.step)
+            with self.ranks.together():
+                if self.ranks.first:
+                    self._sinks = extra_sinks(config, out, self.step)
         except BaseException:
             self.close(failed=True)
             raise
         if self._log is not None:
             self._sinks.insert(0, self._log)
+
+    def _open(self, out: Path, source: ActivationSource) -> None:
+        """Check that the folder is one of this run, and go on from where it is."""
+        with self.ranks.together():
+            if self.ranks.first:
+                _check_same(out, _identity(self.sae, self.stepper, source, self.config))
+        with self.ranks.together():
+            if not (out / "config.json").exists():
+                msg = f"train: {out} is not there for rank {self.ranks.rank}: all ranks must see "
+                msg += "the same folder. Choose an out= on a file system that they share."
+                raise CheckpointError(msg)
+        checkpoints = out / "checkpoints"
+        if isinstance(self.sae, ShardedSAE):
+            found = checkpoint.newest_of_ranks(checkpoints, self.sae)
+        else:
+            found = checkpoint.newest(checkpoints)
+        if found is not None:
+            self._take_over(found)
+        with self.ranks.together():
+            if self.ranks.first:
+                self._log = JsonLines(out / "log.jsonl", self.step)
+                self.history = list(self._log.history)
+        if not self.ranks.first:
+            with self.ranks.hold():
+                self.history = logged(out / "log.jsonl")
 
     def _take_over(self, found: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
@@ -96,25 +123,32 @@ class Run:
     def log(self, line: dict[str, Any]) -> None:
         """Record one line everywhere."""
         self.history.append(line)
-        for sink in self._sinks:
-            sink.write(line)
+        with self.ranks.hold():
+            for sink in self._sinks:
+                sink.write(line)
 
     def checkpoint(self) -> None:
         """Write a checkpoint of this step, unless there is one or nothing has been trained."""
         if self.out is None or self.step in (0, self.saved):
             return
         if self._log is not None:
-            self._log.sync()
+            with self.ranks.hold():
+                self._log.sync()
         tensors, described = self.stepper.state()
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-        checkpoint.save(folder, self.step, self.sae, tensors, described, keep)
+        if isinstance(self.sae, ShardedSAE):
+            sharded_checkpoint.save(folder, self.step, self.sae, tensors, described, keep)
+        else:
+            checkpoint.save(folder, self.step, self.sae, tensors, described, keep)
         self.saved = self.step
 
     def finish(self, metrics: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Write the trained SAE and the metrics."""
         if self.out is not None:
             self.sae.save_pretrained(self.out / "sae", metadata)
-            files.write_json(self.out / "metrics.json", metrics)
+        with self.ranks.together():
+            if self.out is not None and self.ranks.first:
+                files.write_json(self.out / "metrics.json", metrics)
 
     def close(self, *, failed: bool) -> None:
         """Close the log and the loggers; `failed` where training did not come to its end."""
@@ -123,7 +157,7 @@ class Run:
 
 
 def _identity(
-    sae: SAE, stepper: Stepper, source: ActivationSource, config: TrainConfig
+    sae: SAE | ShardedSAE, stepper: Stepper, source: ActivationSource, config: TrainConfig
 ) -> dict[str, Any]:
     """What must be the same for a run to be continued, and the versions, which need not be."""
     n = len(source)

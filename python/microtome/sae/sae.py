@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome._seed import generator
 from microtome.errors import ArgumentError, ShapeError
-from microtome.ops import Screen, screen_weights, sparse_decode, topk_encode
+from microtome.ops import Screen, sae_loss, screen_weights, sparse_decode, topk_encode
 from microtome.ops.screen_weights import has_screen
 from microtome.sae import saelens_layout
 from microtome.sae.code import SparseCode
@@ -142,6 +142,11 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x, [..., d] in the weights' dtype."""
         return self.decode(self.encode(x))
+
+    def squared_errors(self, x: Tensor, code: SparseCode) -> Tensor:
+        """|x - x_hat|^2 of rows [n, d] and their code of k entries a row, [n], in one pass."""
+        sse, _, _ = sae_loss(x, code.values, code.indices, self.W_dec, self.b_dec)
+        return sse
 
     @property
     def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

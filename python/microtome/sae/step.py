@@ -20,7 +20,7 @@ from microtome.sae.loss import (
 )
 from microtome.sae.sae import SAE
 
-_MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
+MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
 
 
 class FusedStep:
@@ -114,12 +114,12 @@ class FusedStep:
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
         """Tensors and JSON values from which `load` continues bit for bit."""
-        tensors = {n: m for n, m in zip(_MOMENTS, self.moments, strict=True) if m is not None}
+        tensors = {n: m for n, m in zip(MOMENTS, self.moments, strict=True) if m is not None}
         return {**tensors, "since_fired": self.since_fired}, None
 
     def load(self, tensors: dict[str, Tensor], _: Any) -> None:
         """Take over what `state` gave."""
-        for name, moment in zip(_MOMENTS, self.moments, strict=True):
+        for name, moment in zip(MOMENTS, self.moments, strict=True):
             if moment is not None:
                 moment.copy_(tensors[name])
         self.since_fired.copy_(tensors["since_fired"])

@@ -15,14 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from microtome import __version__
-from microtome.errors import NonFiniteError
+from microtome.errors import ArgumentError, NonFiniteError
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
+from microtome.sae.exchange import ALONE
 from microtome.sae.init import start_b_dec_
 from microtome.sae.loss import Losses
 from microtome.sae.run import Run, Stepper
 from microtome.sae.sae import SAE
 from microtome.sae.schedule import lr_factor
+from microtome.sae.sharded import ShardedSAE
+from microtome.sae.sharded_step import ShardedStep
 from microtome.sae.source import ActivationSource, as_source
 from microtome.sae.step import FusedStep
 from microtome.sae.unfused import UnfusedStep
@@ -42,14 +45,14 @@ class TrainResult:
         path: the run's folder, or None.
     """
 
-    sae: SAE
+    sae: SAE | ShardedSAE
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
     path: Path | None
 
 
 def train(
-    sae: SAE,
+    sae: SAE | ShardedSAE,
     activations: Any,
     config: TrainConfig,
     *,
@@ -60,7 +63,8 @@ def train(
     """Train an SAE on activations, in place.
 
     Args:
-        sae: the autoencoder, on the device to train on.
+        sae: the autoencoder, on the device to train on. One from `shard` is trained by all its
+            ranks, which make the same call; docs/parallel.md says who does what.
         activations: a tensor [rows, d], an ActivationStore or a view of one.
         config: the settings.
         held_out: rows to evaluate on, of the same kinds; None for no evaluation.
@@ -74,7 +78,8 @@ def train(
         A TrainResult.
 
     Raises:
-        ShapeError, ArgumentError: activations do not fit the SAE.
+        ShapeError, ArgumentError: activations do not fit the SAE, or it is wrapped.
+        DistributedError: a rank failed, or read other rows; the same on every rank, as all errors.
         NonFiniteError: a batch holds NaN or infinity; the message names the rows. The SAE keeps its
             weights of the step before, and the last checkpoint stays.
         CheckpointError: `out` holds a run with other settings, a damaged one, or cannot be written
@@ -83,14 +88,24 @@ def train(
     Ctrl-C ends the step, writes a checkpoint and raises KeyboardInterrupt; a second one ends at
     once. Deterministic: a function of the SAE, the activations and the config.
     """
-    source = as_source("train", activations, sae.d_model)
-    held = None if held_out is None else as_source("train", held_out, sae.d_model)
-    stepper: Stepper = FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
+    _check_sae(sae, config)
+    ranks = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
+    progress = progress and ranks.first
+    with ranks.together():
+        source = as_source("train", activations, sae.d_model)
+        held = None if held_out is None else as_source("train", held_out, sae.d_model)
+    stepper: Stepper
+    if isinstance(sae, ShardedSAE):
+        stepper = ShardedStep(sae, config)
+    else:
+        stepper = FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
     run = Run(None if out is None else Path(out), sae, stepper, source, config)
     failed = True
     try:
         if run.step == 0:
-            start_b_dec_(sae, source, config)
+            with ranks.together():
+                start_b_dec_(sae.local if isinstance(sae, ShardedSAE) else sae, source, config)
+            ranks.copy_from_first_(sae.parameters_in_order[3])
         _loop(run, source, held, config, progress)
         last = run.history[-1]
         metrics = {
@@ -107,6 +122,22 @@ def train(
     return TrainResult(sae, run.history, metrics, run.out)
 
 
+def _check_sae(sae: object, config: TrainConfig) -> None:
+    if not isinstance(sae, (SAE, ShardedSAE)):
+        msg = f"train: sae must be an SAE, or one from shard(), got {type(sae).__name__}."
+        if hasattr(sae, "module"):
+            msg += (
+                " Training forms no gradients that a wrapper could reduce: pass shard(sae.module)"
+            )
+            msg += " to train on several ranks."
+        raise ArgumentError(msg)
+    if isinstance(sae, ShardedSAE) and not config.fused:
+        name = config.to_dict()["optimizer"]["callable"]
+        msg = "train: a sharded SAE is trained by the fused optimizers 'adam', 'adamw', 'sgd' and "
+        msg += f"'signsgd', got the callable {name}."
+        raise ArgumentError(msg)
+
+
 def _loop(
     run: Run,
     source: ActivationSource,
@@ -114,15 +145,20 @@ def _loop(
     config: TrainConfig,
     progress: bool,
 ) -> None:
-    sae, total, whole = run.sae, config.total_steps, True
+    sae, ranks, total, whole = run.sae, run.ranks, config.total_steps, True
+    like = sae.parameters_in_order[0]
     batches = source.batches(config.batch_size, seed=config.seed, start=run.step)
     bar = tqdm(total=total, initial=run.step, desc="train", unit="step", disable=not progress)
     clock, counted = time.perf_counter(), run.step
     with _deferred_interrupt() as interrupted:
+        ranks.listen(interrupted)
         try:
             while run.step < total:
                 step = run.step + 1
-                x = _moved(next(batches), sae)
+                x = ranks.attempt(
+                    lambda: _moved(next(batches), like),
+                    lambda: like.new_zeros(config.batch_size, sae.d_model),
+                )
                 whole = False
                 losses = _take(run.stepper, x, config, step)
                 run.step, whole = step, True
@@ -144,10 +180,11 @@ def _loop(
                 every = config.checkpoint_every
                 if step == total or (every and step % every == 0):
                     run.checkpoint()
-                if interrupted():
+                if ranks.stops(interrupted()):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
-            if whole:  # a second Ctrl-C can fall into the middle of a step
+            # A second Ctrl-C can fall into the middle of a step, and on one rank alone.
+            if whole and ranks.agreed:
                 run.checkpoint()
             raise
         finally:
@@ -157,9 +194,9 @@ def _loop(
                 close()
 
 
-def _moved(x: Tensor, sae: SAE) -> Tensor:
+def _moved(x: Tensor, like: Tensor) -> Tensor:
     """A batch where the SAE is, in its dtype; to a GPU through pinned memory, without waiting."""
-    device, dtype = sae.W_enc.device, sae.W_enc.dtype
+    device, dtype = like.device, like.dtype
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True).to(dtype)
     return x.to(device, dtype)

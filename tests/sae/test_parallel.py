@@ -1,0 +1,56 @@
+"""Feature-parallel SAEs on 2 and 3 gloo processes: the cases of tests/sae/ranks, and floors."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from microtome import SAE, TopK, shard
+from microtome.errors import DistributedError
+
+RANKS = Path(__file__).parent / "ranks"
+SIZES = (2, 3)
+
+
+def cases() -> list[str]:
+    """The names in the lists CASES: read, not imported, for only forks of a fresh process run."""
+    names = []
+    for file in ("exact", "runs", "lives"):
+        for node in ast.parse((RANKS / f"{file}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CASES":
+                names += ast.unparse(node.value).strip("[]").split(", ")
+    return names
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What went wrong, by number of ranks and case; all in one process and its forks."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    command = [sys.executable, "-W", "error", str(RANKS / "group.py"), folder, *map(str, SIZES)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for size in found:
+        unknown = set(found[size]) - set(cases())
+        assert not unknown, "\n".join(found[size][name] for name in unknown)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", cases())
+def test_on_several_ranks(case, size, wrong):
+    assert case not in wrong[str(size)], wrong[str(size)][case]
+
+
+def test_without_a_process_group_sharding_is_refused():
+    with pytest.raises(DistributedError, match=r"no process group. Start the program with torchr"):
+        shard(SAE(4, 8, TopK(2)))
+    assert not torch.distributed.is_initialized()
