@@ -116,9 +116,9 @@ def test_split_cuts_whole_contexts_off_the_end(tmp_path: Path):
 
 def test_row_numbers_that_do_not_exist_are_refused(tmp_path: Path):
     store, _ = fill(tmp_path / "s")
-    with pytest.raises(ArgumentError, match=r"indices must lie in \[0, rows=40\), got 40"):
+    with pytest.raises(ArgumentError, match=r"index must lie in \[-40, rows=40\), got 40"):
         store.rows(torch.tensor([0, 40]))
-    with pytest.raises(ArgumentError, match=r"indices must lie in \[0, rows=40\), got -1"):
+    with pytest.raises(ArgumentError, match=r"index must lie in \[-40, rows=40\), got -41"):
         store.tokens(torch.tensor([-41]))
     with pytest.raises(DtypeError, match="index must be an integer tensor or a slice, got list"):
         store.rows([1, 2])
