@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ def shapes(op: str, **named: tuple[Tensor | None, str]) -> dict[str, int]:
         {"n": 4, "d": 16, ...}.
 
     Raises:
+        DtypeError: what should be a tensor is none.
         ShapeError: a tensor has another number of dimensions, or a letter has two sizes.
     """
     sizes: dict[str, tuple[int, str]] = {}
@@ -32,6 +35,10 @@ def shapes(op: str, **named: tuple[Tensor | None, str]) -> dict[str, int]:
         if tensor is None:
             continue
         names = letters.split()
+        if not isinstance(tensor, Tensor):
+            msg = f"{op}: {name} must be a tensor [{', '.join(names)}], got "
+            msg += f"{type(tensor).__name__}. Make one with torch.as_tensor."
+            raise DtypeError(msg)
         if tensor.dim() != len(names):
             msg = f"{op}: {name} must be [{', '.join(names)}], got shape {list(tensor.shape)}."
             raise ShapeError(msg)
@@ -101,8 +108,20 @@ def device(op: str, **tensors: Tensor | None) -> None:
     raise DeviceError(msg)
 
 
+def whole(op: str, name: str, value: Any) -> int:
+    """A whole number as an int, NumPy's and those of 0-d tensors too; else ArgumentError."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        msg = f"{op}: {name} must be a whole number, got {name}={value!r}."
+        raise ArgumentError(msg) from None
+
+
 def between(op: str, name: str, value: int, low: int, high: int, high_name: str = "") -> None:
-    """Raise ArgumentError unless low <= value <= high."""
+    """Raise ArgumentError unless value is a whole number and low <= value <= high."""
+    value = whole(op, name, value)
     if not low <= value <= high:
         limit = f"{high_name}={high}" if high_name else str(high)
         msg = f"{op}: {name} must be between {low} and {limit}, got {name}={value}."

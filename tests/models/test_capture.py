@@ -297,7 +297,7 @@ def test_bad_tokens_are_refused_before_the_model_runs():
         capture(model, "z.0", [[1, 2]])
     with pytest.raises(ShapeError, match=r"tokens must be \[b, t\], got shape \[15\]"):
         capture(model, "z.0", TOKENS.flatten())
-    with pytest.raises(ArgumentError, match=r"indices must lie in \[0, vocabulary=20\), got 99"):
+    with pytest.raises(ArgumentError, match=r"tokens must lie in \[0, vocabulary=20\), got 99"):
         capture(model, "z.0", torch.tensor([[1, 99]]))
     with pytest.raises(ArgumentError, match=r"tokens is empty, got shape \[0, 3\]"):
         capture(model, "z.0", TOKENS[:0])

@@ -181,3 +181,11 @@ def test_headless_and_wrapped_models_have_the_same_sites():
     wrapped = nn.ModuleDict({"inner": model})
     wrapped.config = model.config
     assert sites(model.transformer) == sites(model) == sites(wrapped)
+
+
+def test_a_name_is_no_model_and_a_number_no_site():
+    for call in (sites, lambda model: capture(model, "resid_pre.0", families.tokens())):
+        with pytest.raises(ArgumentError, match=r"must be an nn\.Module, got 'gpt2'\. Load"):
+            call("gpt2")
+    with pytest.raises(ArgumentError, match=r"must be a name or a list of names .*, got 3\."):
+        capture(ToyModel(), 3, families.tokens())

@@ -116,9 +116,9 @@ def test_split_cuts_whole_contexts_off_the_end(tmp_path: Path):
 
 def test_row_numbers_that_do_not_exist_are_refused(tmp_path: Path):
     store, _ = fill(tmp_path / "s")
-    with pytest.raises(ArgumentError, match=r"indices must lie in \[0, rows=40\), got 40"):
+    with pytest.raises(ArgumentError, match=r"index must lie in \[-40, rows=40\), got 40"):
         store.rows(torch.tensor([0, 40]))
-    with pytest.raises(ArgumentError, match=r"indices must lie in \[0, rows=40\), got -1"):
+    with pytest.raises(ArgumentError, match=r"index must lie in \[-40, rows=40\), got -41"):
         store.tokens(torch.tensor([-41]))
     with pytest.raises(DtypeError, match="index must be an integer tensor or a slice, got list"):
         store.rows([1, 2])
@@ -168,7 +168,10 @@ def test_a_shard_of_another_store_is_not_taken_for_this_ones(tmp_path: Path):
         ("{", "manifest.json is corrupt"),
         ("[]", "manifest.json is corrupt"),
         ('{"format": "zip", "version": 1}', "has format 'zip' version 1, this release reads"),
-        ('{"format": "microtome-activations", "version": 1}', "is corrupt .model, site, dtype"),
+        (
+            '{"format": "microtome-activations", "version": 1}',
+            "is corrupt .d, context_length",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path, text: str, message: str):
@@ -198,6 +201,38 @@ def test_an_existing_store_and_foreign_files_are_never_overwritten(tmp_path: Pat
     with pytest.raises(StoreError, match="s3://bucket/x is remote; stores are read from there"):
         fill("s3://bucket/x")
     assert (tmp_path / "thesis.tex").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("shards", None), ("shards", [{}]), ("shards", {"a": 1}), ("dtype", ["float32"]), ("d", "3"),
+     ("tokens", 4.0), ("context_length", 0), ("context_length", 7), ("site", 3)],
+)  # fmt: skip
+def test_an_entry_of_the_manifest_that_cannot_be_is_named(tmp_path: Path, key: str, value: object):
+    fill(tmp_path / "s")
+    file = tmp_path / "s" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(StoreError, match=rf"manifest\.json is corrupt \({key} missing or wrong\)"):
+        ActivationStore(tmp_path / "s")
+
+
+def test_what_is_no_text_no_folder_or_gone_since_is_an_error_of_the_store(tmp_path: Path):
+    fill(tmp_path / "s")
+    store = ActivationStore(tmp_path / "s")
+    (tmp_path / "s" / "shard_00000.safetensors").unlink()
+    for read in (store.verify, lambda: store.rows(slice(0, 2))):
+        with pytest.raises(StoreError, match=r"shard shard_00000\.safetensors is missing"):
+            read()
+    file = tmp_path / "s" / "manifest.json"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match=r"manifest\.json is corrupt \('utf-8' codec"):
+        ActivationStore(tmp_path / "s")
+    with pytest.raises(StoreError, match="there is no finished store"):
+        ActivationStore(file)
+    with pytest.raises(StoreError, match=r"fsspec cannot open nosuch://x \(Protocol not known"):
+        ActivationStore("nosuch://x")
+    with pytest.raises(ArgumentError, match="extra must hold JSON values"):
+        ActivationStore.write(tmp_path / "e", **OPTIONS, extra={"a": object()})
 
 
 def test_what_an_interrupted_write_left_is_no_store_and_is_replaced(tmp_path: Path):

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,11 @@ from microtome.sae.schedule import lr_factor
             "rowsparse is of the fused",
         ),
         ({"steps": 1, "k_aux": 0}, "k_aux must be between 1"),
+        ({"steps": 2.5}, "TrainConfig: steps must be a whole number, got steps=2.5."),
+        ({"steps": 1, "batch_size": "8"}, "batch_size must be a whole number, got batch_size='8'."),
+        ({"steps": 1, "seed": "x"}, "seed must be a whole number, got seed='x'."),
+        ({"steps": 1, "lr": "1e-3"}, "TrainConfig: lr must be a number, got lr='1e-3'."),
+        ({"steps": 1, "wandb": 3}, "TrainConfig: wandb must be a string or None, got 3."),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings, message):
@@ -43,6 +49,13 @@ def test_a_setting_out_of_range_is_named(settings, message):
 def test_settings_survive_json():
     config = TrainConfig(tokens=4096, lr=3e-4, k_aux=7, wandb="project")
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numbers_of_numpy_survive_json_too():
+    config = TrainConfig(steps=np.int64(3), seed=np.int32(5), lr=np.float32(0.5))
+    assert (
+        json.loads(json.dumps(config.to_dict())) == TrainConfig(steps=3, seed=5, lr=0.5).to_dict()
+    )
 
 
 def test_a_callable_optimizer_is_written_by_name_and_not_read_back():

@@ -9,6 +9,7 @@ from torch import nn
 
 from microtome import SAE, TopK, evaluate
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
+from microtome.models import ToyModel
 
 
 def test_the_numbers_are_the_sums_over_all_rows(data):
@@ -152,6 +153,25 @@ def test_what_does_not_fit_is_named(data):
         evaluate(sae, data, model=Tiny(), site="site", tokens=TOKENS[:, :1], splice=splice)
     with pytest.raises(ArgumentError, match=r"must return logits \[b, t, vocabulary\].*Tensor"):
         evaluate(sae, data, model=nn.Flatten(), site="site", tokens=TOKENS, splice=splice)
-    data[3] = float("nan")
-    with pytest.raises(NonFiniteError, match="row 3"):
-        evaluate(sae, data)
+    with pytest.raises(ShapeError, match=r"evaluate: activations must have at least one row"):
+        evaluate(sae, data[:0])
+    data[130] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"evaluate: activations holds NaN .* in row 130\."):
+        evaluate(sae, data, batch_size=100)
+
+
+def test_a_site_of_another_width_is_refused_and_not_cut_into_rows():
+    toy = ToyModel()
+    sae, tokens = SAE(64, 128, TopK(4)), torch.zeros(2, 16, dtype=torch.long)
+    for site, shape in (("neurons.0", r"\[2, 16, 256\]"), ("pattern.0", r"\[2, 4, 16, 16\]")):
+        with pytest.raises(ShapeError, match=rf"evaluate: site '{site}' has shape {shape}"):
+            evaluate(sae, torch.randn(9, 64), model=toy, site=site, tokens=tokens)
+
+
+def test_tokens_that_the_model_does_not_know_are_named():
+    given = {"model": ToyModel(), "site": "z.0", "tokens": torch.full((1, 4), 256)}
+    sae = SAE(64, 128, TopK(4))
+    with pytest.raises(ArgumentError, match=r"evaluate: tokens must lie in \[0, vocabulary=256\)"):
+        evaluate(sae, torch.randn(9, 64), **given)
+    with pytest.raises(ArgumentError, match=r"model_batch_size must be between 1 and .*=0"):
+        evaluate(sae, torch.randn(9, 64), **given, model_batch_size=0)

@@ -3,11 +3,13 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 
 from microtome import SAE, SparseCode, TopK
-from microtome.errors import ArgumentError, NonFiniteError, ShapeError
+from microtome.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
+from microtome.ops import topk_encode
 
 
 def written_out(sae: SAE, x: torch.Tensor) -> torch.Tensor:
@@ -155,6 +157,24 @@ def test_what_does_not_fit_is_named():
     bad[1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match="row 1"):
         sae.encode(bad)
+
+
+def test_what_is_no_whole_number_or_no_tensor_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match=r"TopK: k must be a whole number, got k=2\.5\."):
+        TopK(2.5)
+    with pytest.raises(ArgumentError, match="SAE: d_model must be a whole number, got"):
+        SAE("8", 32, TopK(4))
+    sae = SAE(np.int64(8), torch.tensor(32), TopK(np.int64(4)))
+    sae.save_pretrained(tmp_path)  # whose sizes JSON holds
+    assert repr(SAE.from_pretrained(tmp_path)) == repr(sae) == repr(SAE(8, 32, TopK(4)))
+    with pytest.raises(DtypeError, match=r"x must be a tensor \[\.\.\., d=8\], got ndarray\."):
+        sae.encode(np.ones((2, 8)))
+    with pytest.raises(DtypeError, match=r"SAE\.encode: x must be float32, .*, got complex64"):
+        sae.encode(torch.ones(2, 8, dtype=torch.complex64))
+    with pytest.raises(ArgumentError, match=r"code must be a SparseCode, got Tensor\."):
+        sae.decode(torch.ones(2, 8))
+    with pytest.raises(DtypeError, match=r"topk_encode: x must be a tensor \[n, d\], got list"):
+        topk_encode([[1.0]], torch.ones(1, 1), k=1)
 
 
 def test_print_shows_the_sizes():

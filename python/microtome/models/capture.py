@@ -213,7 +213,7 @@ def check_tokens(
     if vocabulary is not None:
         _check.shapes(op, tokens=(tokens, "b t"), attention_mask=(attention_mask, "b t"))
         _check.dtype(op, (torch.int64,), tokens=tokens)
-        _check.index_range(op, tokens, vocabulary, "vocabulary")
+        _check.index_range(op, tokens, vocabulary, "vocabulary", "tokens")
         family, config = family_of(model), getattr(model, "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         if family is not None and family.learned_positions and limit is not None:

@@ -71,12 +71,14 @@ def sites(model: nn.Module) -> list[str]:
 
     Raises:
         SiteError: the architecture is unknown, or the model has no blocks.
+        ArgumentError: the model is no nn.Module.
     """
     return list(canonical("sites", model))
 
 
 def canonical(op: str, model: nn.Module) -> dict[str, Site]:
     """Every canonical site by name; SiteError if the architecture is unknown or has no blocks."""
+    _check_model(op, model)
     family = family_of(model)
     if family is None:
         msg = f"{op}: {_unknown(model)}"
@@ -98,10 +100,12 @@ def resolve(op: str, model: nn.Module, names: str | Iterable[str]) -> list[Site]
     """Find the sites a user named, canonical or by module path, each once and in the order given.
 
     Raises:
-        ArgumentError: no name was given, or one is no string.
+        ArgumentError: no name was given, or one is no string; or the model is no nn.Module.
         SiteError: a name matches nothing; the message lists what the model has.
     """
-    wanted = [names] if isinstance(names, str) else list(names)
+    _check_model(op, model)
+    listed = isinstance(names, Iterable) and not isinstance(names, str)
+    wanted: list[str] = list(names) if listed else [names]  # type: ignore[list-item]
     if not wanted or not all(isinstance(name, str) for name in wanted):
         msg = f"{op}: sites must be a name or a list of names such as 'resid_pre.0', got {names!r}."
         raise ArgumentError(msg)
@@ -117,6 +121,13 @@ def resolve(op: str, model: nn.Module, names: str | Iterable[str]) -> list[Site]
         else:
             raise SiteError(_no_match(op, model, name, list(known), modules))
     return list(found.values())
+
+
+def _check_model(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        msg = f"{op}: model must be an nn.Module, got {model!r:.60}. Load it first, for example "
+        msg += "with transformers' from_pretrained or microtome.models.load."
+        raise ArgumentError(msg)
 
 
 def _site(kind: str, layer: int, at: str, block: nn.Module, family: Family) -> Site:

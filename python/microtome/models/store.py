@@ -155,8 +155,11 @@ class StoreView:
         _check.shapes(op, index=(index, "m"))
         _check.dtype(op, _check.INDICES, index=index)
         index = index.long().cpu()
+        if index.numel() and not -len(self) <= int(index.min()) <= int(index.max()) < len(self):
+            bad = int(index.min()) if int(index.min()) < -len(self) else int(index.max())
+            msg = f"{op}: index must lie in [-{len(self)}, rows={len(self)}), got {bad}."
+            raise ArgumentError(msg)
         index = torch.where(index < 0, index + len(self), index)
-        _check.index_range(op, index, len(self), "rows")
         return self._shards.gather(index + self._start, tokens=tokens)
 
 

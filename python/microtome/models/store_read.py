@@ -55,10 +55,13 @@ class Shards:
     def verify(self) -> None:
         """Read every shard and compare its sha256; StoreError names the first that differs."""
         for shard in self.manifest["shards"]:
-            with self._local(shard["file"]).open("rb") as file:
-                digest = hashlib.sha256()
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+            digest = hashlib.sha256()
+            try:
+                with self._local(shard["file"]).open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+            except OSError as error:
+                self._unreadable(shard["file"], error)
             if digest.hexdigest() != shard["sha256"]:
                 self._fail(
                     f"shard {shard['file']} is corrupt: its sha256 is not that of the manifest"
@@ -105,6 +108,8 @@ class Shards:
                 pair = (file.get_tensor("rows"), file.get_tensor("tokens"))
         except SafetensorError as error:
             self._fail(f"shard {shard['file']} is corrupt ({error})")
+        except OSError as error:
+            self._unreadable(shard["file"], error)
         expected = (shard["rows"], self.manifest["d"])
         if (
             pair[0].shape != expected
@@ -127,25 +132,27 @@ class Shards:
                 text = fs.cat_file(f"{root}/{MANIFEST}").decode()
             else:
                 text = (Path(self.path) / MANIFEST).read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._fail(f"there is no finished store: {MANIFEST} is missing")
+        except StoreError:
+            raise
+        except OSError as error:
+            self._fail(f"{MANIFEST} cannot be read ({error.strerror or error})")
+        except UnicodeDecodeError as error:
+            self._fail(f"{MANIFEST} is corrupt ({error})")
         try:
             manifest: dict[str, Any] = json.loads(text)
             kind, version = manifest["format"], manifest["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._fail(f"{MANIFEST} is corrupt ({type(error).__name__}: {error})")
         if kind != FORMAT or version != VERSION:
             self._fail(
                 f"{MANIFEST} has format {kind!r} version {version!r}, this release reads "
                 f"{FORMAT!r} {VERSION}"
             )
-        absent = [
-            k
-            for k in ("model", "site", "dtype", "d", "context_length", "tokens", "shards")
-            if k not in manifest
-        ]
-        if absent or manifest["dtype"] not in DTYPES:
-            self._fail(f"{MANIFEST} is corrupt ({', '.join(absent) or 'dtype'} missing or unknown)")
+        wrong = _wrong(manifest)
+        if wrong:
+            self._fail(f"{MANIFEST} is corrupt ({wrong} missing or wrong)")
         return manifest
 
     def _check_size(self, shard: dict[str, Any]) -> None:
@@ -155,8 +162,8 @@ class Shards:
                 size = fs.size(f"{root}/{shard['file']}")
             else:
                 size = (Path(self.path) / shard["file"]).stat().st_size
-        except FileNotFoundError:
-            self._fail(f"shard {shard['file']} is missing")
+        except OSError as error:
+            self._unreadable(shard["file"], error)
         if size != shard["bytes"]:
             self._fail(
                 f"shard {shard['file']} has {size} bytes where {shard['bytes']} were written"
@@ -169,6 +176,10 @@ class Shards:
         fsspec = _fsspec(self.path)
         return Path(fsspec.open_local(f"simplecache::{self.path}/{file}"))
 
+    def _unreadable(self, file: str, error: OSError) -> Any:
+        gone = isinstance(error, FileNotFoundError)
+        self._fail(f"shard {file} {'is missing' if gone else f'cannot be read ({error})'}")
+
     def _fail(self, why: str) -> Any:
         msg = (
             f"ActivationStore: {self.path}: {why}. Write the store again with capture_to_store, "
@@ -177,8 +188,31 @@ class Shards:
         raise StoreError(msg)
 
 
+def _wrong(manifest: dict[str, Any]) -> str:
+    """The entries of a manifest that are missing or not what they must be, "" for none."""
+    whole = ("d", "context_length", "tokens")
+    right = {key: type(manifest.get(key)) is int and manifest[key] > 0 for key in whole}
+    right |= {key: isinstance(manifest.get(key), str) for key in ("model", "site", "dtype")}
+    right["dtype"] = right["dtype"] and manifest["dtype"] in DTYPES
+    shards = manifest.get("shards")
+    kinds = {"file": str, "rows": int, "bytes": int, "sha256": str}
+    right["shards"] = isinstance(shards, list) and all(
+        isinstance(shard, dict) and all(type(shard.get(k)) is kind for k, kind in kinds.items())
+        for shard in shards
+    )
+    if right["tokens"] and right["context_length"]:
+        right["context_length"] = manifest["tokens"] % manifest["context_length"] == 0
+    return ", ".join(key for key, fits in right.items() if not fits)
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
-    fs, root = _fsspec(url).core.url_to_fs(url)
+    core = _fsspec(url).core
+    try:
+        fs, root = core.url_to_fs(url)
+    except (ValueError, ImportError) as error:  # an unknown scheme; one whose package is absent
+        msg = f"ActivationStore: fsspec cannot open {url} ({error}). Use a scheme that it knows, "
+        msg += "or install the package it names."
+        raise StoreError(msg) from error
     return fs, root
 
 

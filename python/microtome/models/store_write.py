@@ -68,7 +68,11 @@ class StoreWriter:
         self.head = {"format": FORMAT, "version": VERSION, "model": model_name, "site": site}
         self.dtype = str(dtype).removeprefix("torch.")
         self.d, self.context_length, self.extra = d, context_length, extra or {}
-        json.dumps(self.extra)
+        try:
+            json.dumps(self.extra)
+        except (TypeError, ValueError) as error:
+            msg = f"{op}: extra must hold JSON values: {error}."
+            raise ArgumentError(msg) from None
         self.rows = torch.empty(shard_rows, d, dtype=dtype)
         self.tokens = torch.empty(shard_rows, dtype=torch.int64)
         self.filled = 0

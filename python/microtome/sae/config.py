@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,11 @@ class TrainConfig:
             msg = f"TrainConfig: give steps or tokens, one of them; got steps={self.steps}, "
             msg += f"tokens={self.tokens}."
             raise ArgumentError(msg)
+        for name in ("steps", "tokens", "batch_size", "warmup_steps", "k_aux", "init_rows",
+                     "dead_after_tokens", "log_every", "eval_every", "checkpoint_every",
+                     "keep_checkpoints", "seed"):  # fmt: skip
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _check.whole(op, name, getattr(self, name)))
         for name in (
             "batch_size",
             "init_rows",
@@ -126,6 +132,10 @@ class TrainConfig:
             _check.between(op, "tokens", self.tokens, self.batch_size, 2**62)
         _check.one_of(op, "decay", self.decay, ("linear", "constant"))
         _check.one_of(op, "b_dec_init", self.b_dec_init, ("geometric_median", "mean", "keep"))
+        for name in ("wandb", "tensorboard"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                msg = f"TrainConfig: {name} must be a string or None, got {getattr(self, name)!r}."
+                raise ArgumentError(msg)
         _check.one_of(op, "moments", self.moments, STATES)
         self._check_numbers()
         if not callable(self.optimizer):
@@ -159,6 +169,11 @@ class TrainConfig:
         for name, (value, low, high, closed) in ranges.items():
             if value is None:
                 continue
+            if not isinstance(value, numbers.Real):
+                msg = f"TrainConfig: {name} must be a number, got {name}={value!r}."
+                raise ArgumentError(msg)
+            if not isinstance(value, (int, float)):  # NumPy's, which JSON does not take
+                object.__setattr__(self, name, float(value))
             if not (low <= value < high or (closed and value == high)):
                 end = f"at most {high}" if closed else f"below {high}"
                 msg = f"TrainConfig: {name} must be at least {low:g} and {end}, got {name}={value}."

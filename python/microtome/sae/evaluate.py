@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from microtome import _check
-from microtome.errors import ArgumentError
+from microtome.errors import ArgumentError, NonFiniteError, ShapeError
 from microtome.sae.exchange import ALONE
 from microtome.sae.sae import SAE
 from microtome.sae.sharded import ShardedSAE
@@ -91,14 +91,18 @@ def evaluate(
         An Evaluation, sums accumulated in float64.
 
     Raises:
-        ShapeError: another width than the SAE's.
-        ArgumentError: model without site and tokens, or a model that returns no logits.
-        NonFiniteError: a row holds NaN or infinity.
+        ShapeError: another width than the SAE's, of the activations or at the site.
+        ArgumentError: model without site and tokens, tokens that it does not know, or a model that
+            returns no logits.
+        NonFiniteError: a row holds NaN or infinity; the message names the rows.
 
     Changes neither the SAE nor the model. Deterministic.
     """
     source = as_source("evaluate", activations, sae.d_model)
     _check.between("evaluate", "batch_size", batch_size, 1, 2**31)
+    if model is not None and (site is None or tokens is None):
+        msg = "evaluate: a model needs site= (where the reconstruction goes) and tokens= [b, t]."
+        raise ArgumentError(msg)
     n, f, W = len(source), sae.n_features, sae.parameters_in_order[0]
     ranks = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
     counts = torch.zeros(f, dtype=torch.int64)
@@ -109,7 +113,13 @@ def evaluate(
         x = ranks.attempt(
             partial(_moved, source, rows, W), partial(W.new_zeros, rows.stop - start, sae.d_model)
         )
-        code = sae.encode(x)
+        try:
+            code = sae.encode(x)
+        except NonFiniteError:
+            bad = (~torch.isfinite(x)).any(-1).nonzero().flatten().cpu()
+            if len(bad):  # `encode` numbers the rows of its own batch
+                _check.rows("evaluate", "activations", bad + start)
+            raise
         error += float(sae.squared_errors(x, code).double().sum())
         fired = code.indices[code.values > 0].long()
         counts += torch.bincount(fired, minlength=f).cpu()
@@ -120,11 +130,8 @@ def evaluate(
     variance = energy - float(mean.square().sum()) / n
     fvu = error / variance if variance > 0 else (float("inf") if error > 0 else 0.0)
     result = Evaluation(fvu, int(counts.sum()) / n, int((counts == 0).sum()) / f, counts, n)
-    if model is None:
+    if model is None or site is None or tokens is None:
         return result
-    if site is None or tokens is None:
-        msg = "evaluate: a model needs site= (where the reconstruction goes) and tokens= [b, t]."
-        raise ArgumentError(msg)
     losses = _cross_entropies(sae, model, site, tokens, model_batch_size, progress, splice)
     clean, spliced, zero = losses
     recovered = (zero - spliced) / (zero - clean) if zero > clean else None
@@ -151,15 +158,21 @@ def _cross_entropies(
     _check.dtype("evaluate", _check.INDICES, tokens=tokens)
     _check.between("evaluate", "t (tokens a sequence)", tokens.shape[1], 2, 2**31)
     _check.between("evaluate", "b (sequences)", tokens.shape[0], 1, 2**31)
-    if splice is None:
-        from microtome.models import splice as splice_in_model
+    _check.between("evaluate", "model_batch_size", batch_size, 1, 2**31)
+    from microtome.models import splice as splice_in_model
+    from microtome.models.capture import check_tokens
 
-        splice = splice_in_model
+    splice, tokens = splice or splice_in_model, tokens.long()
+    check_tokens("evaluate", model, tokens, None, batch_size)
 
     def reconstruct(activation: Tensor) -> Tensor:
-        rows = activation.reshape(
-            -1, sae.d_model
-        )  # [b, t, h, d_head] is one row of h * d_head a token
+        # [b, t, h, d_head] is one row of h * d_head a token
+        width = activation[0, 0].numel() if activation.dim() > 2 else 0
+        if width != sae.d_model or activation.shape[1] != tokens.shape[1]:
+            msg = f"evaluate: site {site!r} has shape {list(activation.shape)}, must be [b, t, "
+            msg += f"d={sae.d_model}] as the SAE's d_model. Name the site that it was trained on."
+            raise ShapeError(msg)
+        rows = activation.reshape(-1, sae.d_model)
         return sae(rows.to(sae.W_enc.device)).to(activation).reshape(activation.shape)
 
     sums = [0.0, 0.0, 0.0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from microtome import _check
 from microtome._seed import generator
-from microtome.errors import ArgumentError, ShapeError
+from microtome.errors import ArgumentError, DtypeError, ShapeError
 from microtome.ops import Screen, sae_loss, screen_weights, sparse_decode, topk_encode
 from microtome.ops.screen_weights import has_screen
 from microtome.sae import saelens_layout
@@ -30,6 +30,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "k", _check.whole("TopK", "k", self.k))
         if self.k < 1:
             msg = f"TopK: k must be at least 1, got k={self.k}."
             raise ArgumentError(msg)
@@ -78,6 +79,8 @@ class SAE(nn.Module):
         if not isinstance(activation, TopK):
             msg = f"SAE: activation must be TopK(k), got {activation!r}."
             raise ArgumentError(msg)
+        d_model = _check.whole("SAE", "d_model", d_model)
+        n_features = _check.whole("SAE", "n_features", n_features)
         _check.between("SAE", "d_model", d_model, 1, 2**31 - 1)
         _check.between("SAE", "n_features", n_features, 1, 2**31 - 1)
         _check.between("SAE", "k", activation.k, 1, n_features, "n_features")
@@ -110,11 +113,17 @@ class SAE(nn.Module):
             as of x.
 
         Raises:
+            DtypeError: x is no tensor of floats.
             ShapeError: the last dimension is not d.
             NonFiniteError: x holds NaN or infinity; the message names the rows.
 
         Differentiable in x and the parameters. Exact and deterministic; see `topk_encode`.
         """
+        if not isinstance(x, Tensor):
+            msg = f"SAE.encode: x must be a tensor [..., d={self.d_model}], got "
+            msg += f"{type(x).__name__}. Make one with torch.as_tensor."
+            raise DtypeError(msg)
+        _check.dtype("SAE.encode", _check.FLOATS, x=x)
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             msg = f"SAE.encode: x must be [..., d={self.d_model}], got shape {list(x.shape)}."
             raise ShapeError(msg)
@@ -129,8 +138,13 @@ class SAE(nn.Module):
         """The activations that a code stands for, [*leading, d] in the weights' dtype.
 
         Raises:
+            ArgumentError: it is no SparseCode.
             ShapeError: the code has another number of features.
         """
+        if not isinstance(code, SparseCode):
+            msg = f"SAE.decode: code must be a SparseCode, got {type(code).__name__}. "
+            msg += "SAE.encode makes one."
+            raise ArgumentError(msg)
         if code.n_features != self.n_features:
             msg = f"SAE.decode: the code must have f={self.n_features} features, got "
             msg += f"{code.n_features}."

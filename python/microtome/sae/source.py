@@ -40,17 +40,18 @@ class InMemory:
 
     Args:
         data: [rows, d], any floating dtype.
+        op: what is called, for messages.
 
     Batch i of a seed is entries i * batch_size to (i + 1) * batch_size of an endless list: the rows
     in random order, then again in another order, and so on. So every row is seen once before any is
     seen twice.
     """
 
-    def __init__(self, data: Tensor) -> None:
-        _check.shapes("train", activations=(data, "rows d"))
-        _check.dtype("train", _check.FLOATS, activations=data)
+    def __init__(self, data: Tensor, op: str = "train") -> None:
+        _check.shapes(op, activations=(data, "rows d"))
+        _check.dtype(op, _check.FLOATS, activations=data)
         if data.shape[0] == 0:
-            msg = "train: activations must have at least one row, got shape "
+            msg = f"{op}: activations must have at least one row, got shape "
             raise ShapeError(msg + f"{list(data.shape)}.")
         self.data = data.detach()
 
@@ -89,7 +90,7 @@ def as_source(op: str, activations: Any, d: int) -> ActivationSource:
         ShapeError: another width than the SAE's, or no rows.
     """
     if isinstance(activations, Tensor):
-        activations = InMemory(activations)
+        activations = InMemory(activations, op)
     if not isinstance(activations, ActivationSource):
         msg = f"{op}: activations must be a tensor [rows, d], an ActivationStore or have .d, "
         msg += f"len(), .rows() and .batches(), got {type(activations).__name__}."
