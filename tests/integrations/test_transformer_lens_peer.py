@@ -86,6 +86,24 @@ def test_short_names_mean_the_same(layer: int | None):
         assert get_act_name(name, layer) == theirs.utils.get_act_name(name, layer)
 
 
+@pytest.mark.parametrize("component", ["q", "k"])
+def test_queries_and_keys_that_have_a_norm_are_patched_before_it(component: str, monkeypatch):
+    sizes = {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 4}
+    model = hooked_transformer(use_qk_norm=True, n_key_value_heads=2, **sizes)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.q_norm.w.uniform_(0.5, 2.0)
+            block.attn.k_norm.w.uniform_(0.5, 2.0)
+    clean, corrupted = pair()
+    _, cache = model.run_with_cache(clean)
+    name = f"get_act_patch_attn_head_{component}_by_pos"
+    wanted = getattr(theirs, name)(model, corrupted, cache, metric)
+    monkeypatch.setattr(rows, "_said", False)
+    found = getattr(patching, name)(model, corrupted, cache, metric, progress=False)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert not rows._said  # that is, it took the fast path
+
+
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_of_a_hooked_transformer_gives_its_numbers(shared: tuple[Any, Any], sweep: str):
     model, cache = shared

@@ -176,3 +176,20 @@ def test_a_bridge_gives_the_numbers_of_the_model_in_it(processed, tmp_path):
     assert apart(hooked, wanted) < 1e-4
     assert apart(found, wanted) > 1e-3
     assert torch.equal(bridge(CORRUPTED), before)  # nothing was left in the model
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_a_bridge_without_biases_or_with_norms_after_is_read_into_parts(name, tmp_path):
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    model: nn.Module = families.build(name)
+    model.save_pretrained(tmp_path)
+    bridge = bridges.TransformerBridge.boot_transformers(
+        str(tmp_path), hf_model=families.build(name), device="cpu"
+    )
+    for site in ("resid_mid", "k", "z"):
+        found, wanted = (
+            sweep(one, CLEAN, CORRUPTED, logit_difference(11, 12), site, progress=False)
+            for one in (bridge, model)
+        )
+        assert found.engine == "native", found.note
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-4, atol=1e-4)

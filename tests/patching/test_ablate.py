@@ -198,3 +198,15 @@ def test_an_addition_that_changes_no_bit_is_no_write(llama):
     assert not found.written.any()
     assert torch.equal(found.by_prompt, found.clean.expand_as(found.by_prompt))
     assert not run(llama, "z", ("layer", "head"), op="scale", factor=1.0).written.any()
+
+
+@pytest.mark.parametrize("value", ["mean", "mean-position", "resample"])
+def test_no_head_is_made_to_attend_to_padding(llama, value):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    how = {"value": value, "reference": OTHERS, "attention_mask": mask, "progress": False}
+    runs = [
+        ablate(llama, TOKENS, logit_difference(11, 12), "pattern", engine=engine, **how)
+        for engine in ("native", "blocks", "forwards")
+    ]
+    for other in runs[1:]:
+        torch.testing.assert_close(other.by_prompt, runs[0].by_prompt, rtol=1e-9, atol=1e-9)

@@ -112,7 +112,9 @@ def test_any_writes_together_give_the_naive_numbers(name):
 
 @pytest.mark.parametrize("engine", ["native", "blocks"])
 def test_padding_is_written_by_no_write(llama, engine):
-    cells = [cell for cell in Draw("llama", 1).cells(60) if all(w.op != "mean" for w in cell)]
+    cells = Draw("llama", 1).cells(60)
+    cells += [[Write("pattern.1", op=op, value=0.5)] for op in ("replace", "add")]
+    cells += [[Write(site, op="mean")] for site in ("z.1", "pattern.0", "resid_mid.2")]
 
     def visible(logits: Tensor) -> Tensor:
         weights = torch.linspace(-1, 1, logits[0].numel()).view(logits[0].shape).to(logits)
@@ -120,6 +122,27 @@ def test_padding_is_written_by_no_write(llama, engine):
 
     found = patch(llama, BASE, SOURCE, visible, cells, attention_mask=MASK, engine=engine)
     wanted = naive_sweep(llama, BASE, SOURCE, visible, cells, attention_mask=MASK)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["native", "blocks"])
+def test_a_block_writes_its_output_before_the_next_one_reads_it(llama, engine):
+    half, other = Write("resid_pre.2", op="scale", factor=0.5), Write("resid_post.1", value=0.3)
+    cells = [[half, other], [other, half]]
+    found = patch(llama, BASE, SOURCE, everything, cells, engine=engine)
+    wanted = naive_sweep(llama, BASE, SOURCE, everything, cells)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_pattern_may_look_past_the_position_that_is_measured(llama, position):
+    late = [Write("mlp_out.0", positions=4, op="zero"), Write("pattern.1", positions=0, value=0.3)]
+    cells = [[Write("pattern.1", value=0.5)], [Write("pattern.2", heads=1, op="mean")], late]
+    metric = logit_difference(11, 12, position=position)
+    found = patch(llama, BASE, SOURCE, metric, cells, engine="native")
+    read = lambda logits: logits[:, position, 11] - logits[:, position, 12]  # noqa: E731
+    wanted = naive_sweep(llama, BASE, SOURCE, read, cells)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -193,7 +193,29 @@ class Grid:
                 where.get("factor", torch.zeros_like(cells))[cell]
             ],
         )
-        return out.select(counts)
+        return clipped(out.select(counts), shape)
+
+
+def clipped(writes: Writes, shape: Shape) -> Writes:
+    """Writes to a pattern cut to the positions of their prompt, so that no head attends to padding.
+
+    Args:
+        writes: row = cell * b + prompt.
+        shape: of the run.
+    """
+    first, stop = (x[writes.row % shape.b] for x in (shape.first, shape.stop))
+    padded = (first > 0) | (stop < shape.t)
+    padded &= writes.stage == STAGES.index("pattern")
+    if not bool(padded.any()):
+        return writes
+    # Each one head by head, in place, so that writes keep their order.
+    times = torch.where(padded, shape.heads, 1)
+    each = torch.arange(len(writes)).repeat_interleave(times)
+    head = torch.arange(len(each)) - (times.cumsum(0) - times)[each]
+    out, inside = writes.select(each), padded[each]
+    lo = torch.where(inside, torch.maximum(out.lo, head * shape.t + first[each]), out.lo)
+    hi = torch.where(inside, torch.minimum(out.hi, head * shape.t + stop[each]), out.hi)
+    return replace(out, lo=lo, hi=hi).select(lo < hi)
 
 
 def make_grid(

@@ -13,7 +13,7 @@ from microtome import _check
 from microtome.errors import ArgumentError, ShapeError, SiteError
 from microtome.models.native.plan import STAGES, Plan, Sources, Writes
 from microtome.ops import ADD, REPLACE, SCALE, ZERO
-from microtome.patching.cells import HEADED, Shape
+from microtome.patching.cells import HEADED, Shape, clipped
 from microtome.patching.execute import Engine
 from microtome.patching.naive import Write
 
@@ -75,7 +75,8 @@ class ListedCells:
         tables: dict[tuple[int, str], list[Tensor]] = {}
         found = _Rows()
         for i, cell in enumerate(cells.tolist()):
-            for write in self.writes[cell]:
+            # Where a block's output is the next one's input, a forward passes the output first.
+            for write in sorted(self.writes[cell], key=lambda w: w.site.startswith("resid_pre")):
                 self._add(write, i, tables, found)
         names = ("row", "layer", "stage", "position", "lo", "hi", "op", "source", "factor")
         if not found.columns:
@@ -84,7 +85,7 @@ class ListedCells:
         else:
             writes = Writes(*(torch.cat(found.columns[name]) for name in names))
         sources: Sources = {place: torch.cat(parts) for place, parts in tables.items()}
-        return Plan(torch.arange(shape.b).repeat(len(cells)), writes, sources)
+        return Plan(torch.arange(shape.b).repeat(len(cells)), clipped(writes, shape), sources)
 
     def _add(
         self, write: Write, cell: int, tables: dict[tuple[int, str], list[Tensor]], found: _Rows
@@ -144,7 +145,10 @@ class ListedCells:
         lo, hi = columns
         if write.op == "mean":
             held = like.unflatten(0, (-1, shape.t))[shape.b :]
-            out[:, lo:hi] = held.mean(0)[at][:, lo:hi]
+            padding = shape.padding(torch.arange(shape.t)[None]).to(held.device)[..., None]
+            some = (~padding).sum(0).clamp_min(1)  # [t, 1]
+            mean = held.masked_fill(padding, 0.0).sum(0) / some
+            out[:, lo:hi] = mean[at.to(held.device)][:, lo:hi]
             return out
         value = torch.as_tensor(write.value).to(like)
         positions = shape.t if write.positions is None else 1

@@ -32,7 +32,7 @@ class Write:
     With x the chosen part and v the value:
 
         replace: v      add: x + factor * v      zero: 0      scale: factor * x
-        mean: the source's x, averaged over its b rows position by position
+        mean: the source's x, averaged position by position over its rows whose token counts there
 
     Attributes:
         site: as in `splice`.
@@ -142,6 +142,7 @@ def naive_sweep(
         ShapeError: base and source differ in shape, or the metric gave another shape than [b].
         SiteError, DtypeError: as `capture` and `splice`.
 
+    At pattern nothing is written where the attended position is padding: attention to it stays 0.
     Without gradients. Deterministic. Costs a forward for each cell and for each site that is read.
 
     Example:
@@ -180,13 +181,21 @@ def naive_sweep(
     rows = []
     with torch.no_grad():
         for cell in cells:
-            patches = [(w.site, partial(_written, w, sites[w.site], source)) for w in cell]
+            patches = [
+                (w.site, partial(_written, w, sites[w.site], source, attention_mask)) for w in cell
+            ]
             logits = run_patched(model, base_tokens, patches, attention_mask=attention_mask)
             rows.append(_measured(metric(logits), b))
     return torch.stack(rows) if rows else torch.empty(0, b)
 
 
-def _written(write: Write, site: Site, source: dict[str, Tensor], activation: Tensor) -> Tensor:
+def _written(
+    write: Write,
+    site: Site,
+    source: dict[str, Tensor],
+    mask: Tensor | None,
+    activation: Tensor,
+) -> Tensor:
     """A copy of `activation` with `write` done."""
     index, units = _index(write, site, activation)
     new = activation.clone()
@@ -197,17 +206,34 @@ def _written(write: Write, site: Site, source: dict[str, Tensor], activation: Te
     elif write.op == "scale":
         view[..., units] = write.factor * old
     else:
-        value = _value(write, source, index, units, old)
+        value = _value(write, site, source, mask, index, units, old)
         view[..., units] = old + write.factor * value if write.op == "add" else value
+    if mask is not None and site.kind == "pattern":
+        new = new.masked_fill(~mask.bool().to(new.device)[:, None, None], 0.0)
     return new
 
 
 def _value(
-    write: Write, source: dict[str, Tensor], index: Index, units: Units, old: Tensor
+    write: Write,
+    site: Site,
+    source: dict[str, Tensor],
+    mask: Tensor | None,
+    index: Index,
+    units: Units,
+    old: Tensor,
 ) -> Tensor:
     """What replace, add and mean write, in the shape of `old`."""
     if write.op == "mean":
-        value = source[write.site].mean(0, keepdim=True)[index][..., units]
+        held = source[write.site]
+        if mask is None:
+            mean = held.mean(0, keepdim=True)
+        else:
+            counts = mask.bool().to(held.device)  # [b, t]
+            own = (None, slice(None)) if site.kind == "pattern" else (slice(None), None)
+            counts = counts[(slice(None), *own, None)] if held.dim() == 4 else counts[..., None]
+            some = counts.sum(0, keepdim=True).clamp_min(1)
+            mean = torch.where(counts, held, 0.0).sum(0, keepdim=True) / some
+        value = mean[index][..., units]
     elif write.value is None:
         value = source[write.site][index][..., units]
     else:

@@ -15,7 +15,7 @@ from microtome.integrations.transformer_lens.rows import say_once
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
-from microtome.patching.cells import HEADED, Shape
+from microtome.patching.cells import HEADED
 from microtome.patching.engine import MEMORY
 from microtome.patching.execute import predictions, recorded
 from microtome.patching.hooked import packed
@@ -65,7 +65,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             say_once(f"{request.op}: {why}")
             return None
         plan = _plan(request, kind, engine)
-        plan = plan.without_unchanged(_own(request, kind, engine.shape), engine.shape.t)
+        plan = plan.without_unchanged(_own(request, kind, engine), engine.shape.t)
         try:
             try:
                 metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
@@ -123,6 +123,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
     sources = {}
     for layer, hook in request.hooks.items():
         clean = request.clean[hook].to(device)
+        clean = _in_parts(request, kind, engine, layer, clean)
         sources[shape.stage(kind, layer)] = packed(kind, clean.expand(b, *clean.shape[1:]))
     count = len(request.cells)
     cells = torch.tensor(request.cells, dtype=torch.int64).reshape(count, -1)
@@ -155,7 +156,22 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
     return Plan(torch.arange(b).repeat(count), writes.select(counts), sources)
 
 
-def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
+def _in_parts(
+    request: PatchRequest, kind: str, engine: NativeEngine, layer: int, x: Tensor
+) -> Tensor:
+    """What the parts hold where a hook gives x [b, t, ...].
+
+    A TransformerLens model hooks queries and keys before the norm that some architectures give
+    each head; the parts are written to after it, which for whole heads is the same patch.
+    """
+    block = engine.runner.stack.blocks[layer]
+    norm = {"q": block.norm_q, "k": block.norm_k}.get(kind)
+    if norm is None or isinstance(request.model, HookedModel):
+        return x
+    return norm(x.flatten(0, 1)).view_as(x)
+
+
+def _own(request: PatchRequest, kind: str, engine: NativeEngine) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
     A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
@@ -166,7 +182,12 @@ def _own(request: PatchRequest, kind: str, shape: Shape) -> Any:
     _, cache = request.model.run_with_cache(
         request.tokens, names_filter=lambda name: name in wanted, **rows
     )
-    held = {shape.stage(kind, at): packed(kind, cache[hook]) for at, hook in request.hooks.items()}
+    held = {
+        engine.shape.stage(kind, at): packed(
+            kind, _in_parts(request, kind, engine, at, cache[hook])
+        )
+        for at, hook in request.hooks.items()
+    }
     return lambda layer, stage: held[layer, stage]
 
 

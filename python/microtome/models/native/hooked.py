@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,18 +90,23 @@ def _block(block: Any, cfg: Any, rotation: Rotation) -> Block:
     b_K, b_V = (getattr(attn, f"_b_{x}", None) for x in "KV")
     W_K, W_V = (attn.W_K if W_K is None else W_K), (attn.W_V if W_V is None else W_V)
     b_K, b_V = (attn.b_K if b_K is None else b_K), (attn.b_V if b_V is None else b_V)
-    weight = torch.cat([W.transpose(1, 2).reshape(-1, d) for W in (attn.W_Q, W_K, W_V)])
+    weights = [W.transpose(1, 2).reshape(-1, d) for W in (attn.W_Q, W_K, W_V)]
     adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
     local = getattr(attn, "attn_type", "global") == "local"
-    both = getattr(cfg, "use_normalization_before_and_after", False)
+    both = hasattr(block, "ln1_post")
+    wrapped = getattr(attn, "original_component", None)  # of a bridge, whose cfg may not know
+    scale = getattr(wrapped, "scaling", None) or 1.0 / float(
+        getattr(attn, "attn_scale", width**0.5)
+    )
+    window = cfg.window_size if local else getattr(wrapped, "sliding_window", None)
     mlp = None if cfg.attn_only else _mlp(block.mlp, cfg)
     return Block(
         norm1=_row_norm(block.ln1) if hasattr(block, "ln1") else nn.Identity(),
-        qkv=Linear(weight, torch.cat([b.flatten() for b in (attn.b_Q, b_K, b_V)])),
+        qkv=Linear(torch.cat(weights), _biases((attn.b_Q, b_K, b_V), weights)),
         heads=heads,
         kv_heads=W_K.shape[0],
         d_head=width,
-        scale=1.0 / float(getattr(attn, "attn_scale", width**0.5)),
+        scale=scale,
         out=Linear(attn.W_O.reshape(-1, d).T, attn.b_O),
         norm2=None if mlp is None else _row_norm(block.ln2),
         mlp=mlp,
@@ -110,11 +116,19 @@ def _block(block: Any, cfg: Any, rotation: Rotation) -> Block:
         sin=sin,
         interleaved=adjacent,
         softcap=max(getattr(cfg, "attn_scores_soft_cap", 0.0) or 0.0, 0.0),
-        window=cfg.window_size if local else 0,
+        window=window or 0,
         post_attention=_row_norm(block.ln1_post) if both else None,
         post_mlp=_row_norm(block.ln2_post) if both and mlp is not None else None,
         parallel=bool(cfg.parallel_attn_mlp),
     )
+
+
+def _biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """[o] biases of several maps as one; None where none of them has any, as in a bridge."""
+    if all(b is None for b in biases):
+        return None
+    zeros = (W.new_zeros(W.shape[0]) for W in weights)
+    return torch.cat([o if b is None else b.flatten() for b, o in zip(biases, zeros, strict=True)])
 
 
 def _row_norm(norm: nn.Module) -> Map:
@@ -135,6 +149,8 @@ def _mlp(mlp: Any, cfg: Any) -> Mlp:
     out = Linear(mlp.W_out.T, mlp.b_out)
     if cfg.gated_mlp:
         weight = torch.cat([mlp.W_gate.T, mlp.W_in.T])
-        shift = mlp.b_in.detach() if bool(mlp.b_in.any()) else None  # added after the gate
+        shift = None  # added after the gate
+        if mlp.b_in is not None and bool(mlp.b_in.any()):
+            shift = mlp.b_in.detach()
         return Mlp(Linear(weight, None), act, True, out, shift)
     return Mlp(Linear(mlp.W_in.T, mlp.b_in), act, False, out)

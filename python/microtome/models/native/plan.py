@@ -139,6 +139,25 @@ class Plan:
                 out[part] = (new.to(old).view(bits) != old.view(bits)).any(1)
         return out.cpu()
 
+    def looking_ahead(self, t: int) -> Tensor:
+        """[n] bool, rows with an attention pattern that may read positions after its own.
+
+        Args:
+            t: tokens of a prompt.
+        """
+        out = torch.zeros(len(self.example), dtype=torch.bool)
+        for (layer, stage), table in self.sources.items():
+            if stage == "pattern":
+                w = self.writes.select(
+                    (self.writes.layer == layer)
+                    & (self.writes.stage == STAGES.index(stage))
+                    & (self.writes.source >= 0)
+                )
+                seen = (table.unflatten(1, (-1, t)) != 0).any(1).cpu()  # [S, t]
+                reach = (seen * torch.arange(t)).amax(1)
+                out[w.row[reach[w.source] > w.position]] = True
+        return out
+
     def entries(self) -> tuple[Tensor, Tensor]:
         """[n] first (layer * stages + stage) a row writes (-1: none), and its first position."""
         n, key = len(self.example), self.writes.layer * len(STAGES) + self.writes.stage

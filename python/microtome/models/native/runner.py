@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,14 +80,18 @@ class Runner:
         Yields:
             Row numbers, and their final stream where it is read (rows counted within the part).
         """
-        last = (readout * torch.arange(1, readout.shape[1] + 1)).amax(1)  # one past what is read
-        writes = plan.writes.select(plan.writes.position < last[plan.example[plan.writes.row]])
-        plan = Plan(plan.example, writes, plan.sources)
+        t = readout.shape[1]
+        last = (readout * torch.arange(1, t + 1)).amax(1)[plan.example]  # one past what is read
+        if bool((last < t).any()):
+            last[plan.looking_ahead(t)] = t
+        plan = replace(
+            plan, writes=plan.writes.select(plan.writes.position < last[plan.writes.row])
+        )
         entry, start = plan.entries()
         live = (entry >= 0).nonzero().flatten()
         # Long rows together and short ones together, so that a part is cut by tokens.
         live = live[torch.argsort(start[live], stable=True)]
-        count = (last[plan.example[live]] - start[live]).cumsum(0)
+        count = (last[live] - start[live]).cumsum(0)
         limit = max(1, memory // (bytes_a_token(base) or 1))
         part = torch.div(count - 1, limit, rounding_mode="floor")
         device = base.final.device
@@ -96,8 +100,7 @@ class Runner:
             if len(rows) == 0:
                 continue
             with torch.no_grad():  # closed before the yield: it would reach into the caller
-                stop = last[plan.example[rows]]
-                wave = Wave(base, plan.take(rows), stop, readout.to(device), delta=delta)
+                wave = Wave(base, plan.take(rows), last[rows], readout.to(device), delta=delta)
                 final = wave.run()
             yield rows, final
 
