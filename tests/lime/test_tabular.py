@@ -348,3 +348,20 @@ def test_metrics_without_scikit_learn_say_what_to_install(monkeypatch: Any) -> N
     monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
     with pytest.raises(PackageError, match="pip install scikit-learn"):
         explain_tabular(linear, table()[:1], table(), num_samples=20, distance="cityblock")
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_model_that_works_in_place_is_explained_like_one_that_does_not(around: bool) -> None:
+    rows = table(50).numpy()
+    rows[:, 3] = rows[:, 3] > 0
+
+    def doubled(a: np.ndarray) -> np.ndarray:
+        a *= 2
+        return a[:, 0] + a[:, 3]
+
+    given = rows[:3].copy()
+    options: Any = {"around": around, "discretize": False, "categorical": [3], "num_samples": 50}
+    found = explain_tabular(doubled, given, rows, **options)
+    same = explain_tabular(lambda a: 2 * a[:, 0] + 2 * a[:, 3], given, rows, **options)
+    assert torch.equal(found.coefficients, same.coefficients)
+    assert np.array_equal(given, rows[:3])

@@ -202,3 +202,15 @@ def test_a_pipeline_of_texts_is_explained_with_all_its_labels() -> None:
     found = explain_text(Pipeline(), "a good film", num_samples=50, alpha=0.0, progress=False)
     assert found.coefficients.shape == (1, 3, 2)
     np.testing.assert_allclose(found.coefficients[0, :, 1], [0, 0.7, 0], atol=1e-9)
+
+
+def test_a_model_that_works_in_place_changes_no_image() -> None:
+    image = np.full((8, 8, 1), 0.5)
+
+    def doubled(images: np.ndarray) -> np.ndarray:
+        images *= 2
+        return images[:, 0, 0, 0]
+
+    found = explain_image(doubled, image, segments=4, color=0.0, num_samples=50)
+    assert found.prediction.item() == 1
+    assert bool((image == 0.5).all())

@@ -122,3 +122,19 @@ def test_batch_normalisation_in_training_mode_is_noticed():
     with pytest.raises(ArgumentError, match=r"evaluation mode \(model.eval"):
         permutation(model, torch.randn(2, 3), torch.randn(4, 3))
     permutation(model.eval(), torch.randn(2, 3), torch.randn(4, 3)).check_additivity()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_a_function_that_works_in_place_changes_neither_the_rows_nor_the_values(kind):
+    x, background = np.array([[1.0, 2.0, 4.0], [3.0, 5.0, 7.0]]), np.zeros((2, 3))
+
+    def doubled(rows):
+        rows *= 2
+        return rows[:, 0] + rows[:, 2]
+
+    given, behind = kind(x.copy()), kind(background.copy())
+    for estimate in (exact, permutation):
+        found = estimate(doubled, given, behind)
+        assert found.values.round(decimals=9).tolist() == [[2.0, 0.0, 8.0], [6.0, 0.0, 14.0]]
+    assert np.array_equal(np.asarray(given), x)
+    assert np.array_equal(np.asarray(behind), background)

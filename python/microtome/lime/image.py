@@ -148,5 +148,5 @@ class _Layout:
     def back(self, images: np.ndarray) -> Any:
         if self._first:
             images = images.transpose(0, 3, 1, 2)
-        images = np.ascontiguousarray(images)
+        images = images.copy(order="C")  # f may work in place
         return torch.from_numpy(images).to(self._device) if self._torch else images

@@ -127,7 +127,8 @@ def explain_tabular(
     most = memory // (8 * m)
     model = Model(op, function, outputs, min(most, _TORCH_ROWS) if columns.torch else most)
     near = Neighbourhood(op, columns, discretize, labels, around)
-    prediction = model.explicands(lambda a, b: columns.back(columns.x[a:b]), e, check)
+    # Copies: f may work in place, and these rows are read again.
+    prediction = model.explicands(lambda a, b: columns.back(columns.x[a:b].copy()), e, check)
     table = None
     if near.binary and isinstance(distance, str) and distance in ("euclidean", "cosine"):
         table = weights_of(op, kernel, binary_distances(distance, m))
@@ -155,7 +156,7 @@ def explain_tabular(
 
 
 def _values(model: Model, columns: Columns, samples: Samples) -> Tensor:
-    return model(lambda a, b: columns.back(samples.rows[a:b]), len(samples.rows))
+    return model(lambda a, b: columns.back(samples.rows[a:b].copy()), len(samples.rows))
 
 
 def _coalitions(same: np.ndarray, table: np.ndarray, values: Tensor) -> Equations:

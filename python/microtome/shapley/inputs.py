@@ -115,7 +115,8 @@ class InputGame:
                 absent = torch.where(always, x[:, None], absent).flatten(0, 1)
             full, empty = self.call(torch.cat([x, absent])).split([e, len(absent)])
             if self.check and e:  # in a call of its own: other rows must not change the answers
-                check_deterministic(self.op, full, self.call(x), empty)
+                # f may work in place (ReLU(inplace=True)), and x can be the user's own memory.
+                check_deterministic(self.op, full, self.call(x.clone()), empty)
             self._ends = empty.reshape(-1, self.backgrounds, full.shape[1]), full
         return self._ends
 
