@@ -278,7 +278,10 @@ def test_a_code_that_lacks_a_feature_or_names_one_twice_is_refused() -> None:
 
 
 class Card:
-    """torch.cuda as far as Device uses it, on the processor; a graph is a list of nothing."""
+    """torch.cuda as far as Device uses it, on the processor; a graph is a list of nothing.
+
+    Like torch's, a capture that fails does not give back the stream that was current.
+    """
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -304,14 +307,19 @@ class Card:
     def __init__(self, captures: bool = True) -> None:
         self.captures = captures
         self.synchronize = self.empty_cache = self.reset_peak_memory_stats = lambda: None
-        self.current_stream, self._sleep = Card.Stream, lambda cycles: None
+        self.stream_now, self.slept = Card.Stream(), []
+        self.current_stream, self._sleep = lambda: self.stream_now, self.slept.append
         self.stream = lambda _: contextlib.nullcontext()
         self.memory_allocated, self.max_memory_allocated = lambda: 2**20, lambda: 3 * 2**20
         self.mem_get_info = lambda: (5 * 2**30, 80 * 2**30)
 
+    def set_stream(self, stream: Card.Stream) -> None:
+        self.stream_now = stream
+
     @contextlib.contextmanager
     def graph(self, _: object) -> Any:
         if not self.captures:
+            self.stream_now = Card.Stream()
             msg = "operation not permitted when stream is capturing"
             raise RuntimeError(msg)
         yield
@@ -325,7 +333,9 @@ class Card:
 
 @pytest.mark.parametrize("captures", [True, False])
 def test_what_times_on_a_card_does_so(captures: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "cuda", Card(captures))
+    card = Card(captures)
+    stream = card.stream_now
+    monkeypatch.setattr(torch, "cuda", card)
     monkeypatch.setattr(Device, "torch", torch.device("cpu"))
     monkeypatch.setattr("benchmarks.on_gpu.device.FLUSH", 4096)
     device, calls = Device(dry=False), []
@@ -336,11 +346,23 @@ def test_what_times_on_a_card_does_so(captures: bool, monkeypatch: Any) -> None:
     assert len(calls) == 2 + 1 + 3 + 2 * 20 + 20 + in_graph
     assert timing.figures()["ms"] == timing.ms
     assert (timing.graph_ms is None) == (not captures)
+    assert card.current_stream() is stream
     assert timing.graph_why == ("" if captures else f"RuntimeError: {'operation not permitted'}"
                                 " when stream is capturing")  # fmt: skip
     assert device.peak(lambda: None) == 2.0
     assert (device.gib_free(), device.cache_bytes, device.healthy()) == (5.0, 50 * 2**20, True)
     assert device.describe()["name"] == "a card"
+
+
+def test_the_card_waits_until_the_host_has_enqueued_a_call(monkeypatch: Any) -> None:
+    card, device = Card(), Device(dry=False)
+    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(Device, "torch", torch.device("cpu"))
+    monkeypatch.setattr("benchmarks.on_gpu.device.FLUSH", 4096)
+    device.time(lambda: time.sleep(0.004), most=3)
+    assert min(card.slept) >= 1.5 * 4 * 2_000_000
+    device.time(lambda: None, most=3)
+    assert card.slept[-1] == 2_000_000
 
 
 def test_rounds_that_are_far_apart_show_as_spread() -> None:
