@@ -157,7 +157,8 @@ class Device:
     def _ahead(self, run: Run) -> int:
         """Cycles for which the card must wait to find the whole call enqueued.
 
-        A call of many launches takes the host longer than a millisecond, and would be timed as that.
+        A call of many launches takes the host longer than a millisecond, and would be timed as
+        that.
         """
         ms = self._clock(run)
         self.synchronise()
