@@ -58,13 +58,14 @@ def plus(
 ):
     """total + more; where it is not HELD in registers, as wide rows are not, in centre's row."""
     if HELD:
-        return total + more
-    column = columns(START, BD)[None, :]
-    at = centre + program * d + column
-    # A thread may read what another has stored: where d is no multiple of 16, the loads and the
-    # stores differ in layout.
-    tl.debug_barrier()
-    tl.store(at, tl.load(at, mask=column < d, other=0.0) + more, mask=column < d)
+        total += more
+    else:  # not after a return: Triton compiles what follows one, and `more` has another shape
+        column = columns(START, BD)[None, :]
+        at = centre + program * d + column
+        # A thread may read what another has stored: where d is no multiple of 16, the loads and the
+        # stores differ in layout.
+        tl.debug_barrier()
+        tl.store(at, tl.load(at, mask=column < d, other=0.0) + more, mask=column < d)
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +25,23 @@ pytest.importorskip("triton")
 from benchmarks import gpu  # noqa: E402
 from benchmarks.agreement import DisagreementError  # noqa: E402
 from benchmarks.floors import Need  # noqa: E402
-from benchmarks.on_gpu import against, encode, inputs, item, sanitize, sheet, supervise  # noqa: E402
-from benchmarks.on_gpu.device import Device, Timing  # noqa: E402
+from benchmarks.on_gpu import (  # noqa: E402
+    against,
+    encode,
+    inputs,
+    item,
+    probes_rest,
+    probes_sae,
+    sanitize,
+    sheet,
+    supervise,
+)
+from benchmarks.on_gpu.device import Device  # noqa: E402
 from benchmarks.on_gpu.item import AbsentError, Context, Item, Subject  # noqa: E402
 
 from microtome.errors import BackendError  # noqa: E402
 from microtome.ops import topk_encode  # noqa: E402
+from microtome.ops._registry import OPS  # noqa: E402
 
 DRY = Context(Device(dry=True), {"copy_gbs": 1.0, "l2_gbs": 1.0, "bf16_tflops": 1.0,
                                  "fp32_tflops": 1.0, "fp64_tflops": 1.0})  # fmt: skip
@@ -260,6 +269,13 @@ def test_a_comparison_refuses_what_is_wrong() -> None:
         against.compare("out", plain[:2], plain, exact)
 
 
+def test_every_op_with_a_kernel_for_a_card_has_a_probe() -> None:
+    table = [*probes_sae.probes(), *probes_rest.probes()]
+    have = {op.name for op in OPS.values() if any(b.name in item.ON_CARD for b in op.backends)}
+    through_autograd = {name for name in have if "_grad_" in name}
+    assert not have - through_autograd - {probe.op for probe in table}
+
+
 def test_a_code_that_lacks_a_feature_or_names_one_twice_is_refused() -> None:
     b = inputs.batch(Device(dry=True), inputs.Shape("", 8, 16, 96, 4))
     values, indices, _ = topk_encode(b.x, b.W_enc, b.b_enc, b.b_dec, k=5)
@@ -275,77 +291,6 @@ def test_a_code_that_lacks_a_feature_or_names_one_twice_is_refused() -> None:
         encode.check_topk(b, values[:, [0, 0, 1, 2]], twice)
     with pytest.raises(DisagreementError, match="values do not descend"):
         encode.check_topk(b, values.flip(1), indices.flip(1))
-
-
-class Card:
-    """torch.cuda as far as Device uses it, on the processor; a graph is a list of nothing."""
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.at = 0.0
-
-        def record(self) -> None:
-            self.at = time.perf_counter()
-
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, other: Card.Event) -> float:
-            return 1e3 * (other.at - self.at)
-
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            pass
-
-    class CUDAGraph:
-        def replay(self) -> None:
-            pass
-
-    def __init__(self, captures: bool = True) -> None:
-        self.captures = captures
-        self.synchronize = self.empty_cache = self.reset_peak_memory_stats = lambda: None
-        self.current_stream, self._sleep = Card.Stream, lambda cycles: None
-        self.stream = lambda _: contextlib.nullcontext()
-        self.memory_allocated, self.max_memory_allocated = lambda: 2**20, lambda: 3 * 2**20
-        self.mem_get_info = lambda: (5 * 2**30, 80 * 2**30)
-
-    @contextlib.contextmanager
-    def graph(self, _: object) -> Any:
-        if not self.captures:
-            msg = "operation not permitted when stream is capturing"
-            raise RuntimeError(msg)
-        yield
-
-    def get_device_properties(self, _: int) -> Any:
-        return SimpleNamespace(
-            name="a card", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-            L2_cache_size=50 * 2**20,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("captures", [True, False])
-def test_what_times_on_a_card_does_so(captures: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "cuda", Card(captures))
-    monkeypatch.setattr(Device, "torch", torch.device("cpu"))
-    monkeypatch.setattr("benchmarks.on_gpu.device.FLUSH", 4096)
-    device, calls = Device(dry=False), []
-    timing = device.time(lambda: calls.append(1))
-    assert len(timing.rounds) == 2
-    # two to warm up, one to see how long it takes, three more, two rounds, the wall clock
-    in_graph = 1 + (20 if captures else 0)
-    assert len(calls) == 2 + 1 + 3 + 2 * 20 + 20 + in_graph
-    assert timing.figures()["ms"] == timing.ms
-    assert (timing.graph_ms is None) == (not captures)
-    assert timing.graph_why == ("" if captures else f"RuntimeError: {'operation not permitted'}"
-                                " when stream is capturing")  # fmt: skip
-    assert device.peak(lambda: None) == 2.0
-    assert (device.gib_free(), device.cache_bytes, device.healthy()) == (5.0, 50 * 2**20, True)
-    assert device.describe()["name"] == "a card"
-
-
-def test_rounds_that_are_far_apart_show_as_spread() -> None:
-    timing = Timing([1.0, 1.5], [0.9, 1.6], 2.0)
-    assert (timing.ms, timing.spread) == (1.25, 0.5)
 
 
 def test_the_sanitizer_is_read_from_its_words() -> None:

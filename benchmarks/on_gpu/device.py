@@ -21,7 +21,8 @@ from microtome import ops
 
 Run = Callable[[], object]
 FLUSH = 256 * 2**20  # bytes written between timed calls, so that none starts with a warm cache
-AHEAD = 2_000_000  # cycles the card waits, about 1 ms, while the host enqueues the timed call
+CYCLES = 2_000_000  # of the card, in a millisecond at least
+LEAST_AHEAD, MOST_AHEAD = 1.0, 20.0  # ms that the card waits while the host enqueues the timed call
 SHORT_MS = 0.3  # below this a graph of calls is timed too
 
 
@@ -132,14 +133,14 @@ class Device:
         if self.dry:
             ms = self._clock(run)
             return Timing([ms, ms], [ms, ms], ms, None, "a dry run")
-        for _ in range(2):
-            run()
+        run()
         self.synchronise()
-        first = max(self._event(run), 1e-3)
+        ahead = self._ahead(run)
+        first = max(self._event(run, ahead), 1e-3)
         count = int(min(max(self.spend * 1e3 / first, 3), most))
         for _ in range(min(3, count)):
             run()
-        calls = [[self._event(run) for _ in range(count)] for _ in range(rounds)]
+        calls = [[self._event(run, ahead) for _ in range(count)] for _ in range(rounds)]
         flat = sorted(ms for part in calls for ms in part)
         quarter = (len(flat) - 1) / 4
         quartiles = [flat[round(quarter)], flat[round(3 * quarter)]]
@@ -153,12 +154,22 @@ class Device:
         run()
         return 1e3 * (time.perf_counter() - start)
 
-    def _event(self, run: Run) -> float:
+    def _ahead(self, run: Run) -> int:
+        """Cycles for which the card must wait to find the whole call enqueued.
+
+        A call of many launches takes the host longer than a millisecond, and would be timed as
+        that.
+        """
+        ms = self._clock(run)
+        self.synchronise()
+        return int(CYCLES * min(max(1.5 * ms, LEAST_AHEAD), MOST_AHEAD))
+
+    def _event(self, run: Run, ahead: int) -> float:
         if self._flush is None:
             self._flush = torch.empty(FLUSH // 4, dtype=torch.int32, device=self.torch)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.fill_(1)
-        torch.cuda._sleep(AHEAD)
+        torch.cuda._sleep(ahead)
         start.record()
         run()
         end.record()
@@ -175,6 +186,7 @@ class Device:
 
     def _graph(self, run: Run, calls: int = 20) -> tuple[float | None, str]:
         """Time of a call in a replayed graph, or why there is none."""
+        before = torch.cuda.current_stream()
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -194,6 +206,8 @@ class Device:
             end.record()
             end.synchronize()
         except Exception as error:  # a call that reads back cannot be captured: that is a finding
+            # A capture that fails leaves its own stream the current one.
+            torch.cuda.set_stream(before)
             self.free()
             return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return float(start.elapsed_time(end)) / (5 * calls), ""

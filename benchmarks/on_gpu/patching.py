@@ -143,7 +143,9 @@ def cascade(context: Context) -> list[Row]:
     pairs = int((args[6].long() + 1).sum())
 
     def whole() -> Run:
-        full = [torch.randn(n, h, t, dh, device=q.device) for _ in range(3)]
+        # Not from the device's own generator, which a capture that failed may leave unusable.
+        draw = drawer(context, 15)
+        full = [draw(n, h, t, dh) for _ in range(3)]
         return lambda: scaled_dot_product_attention(*full, is_causal=True)
 
     def build(backend: str) -> Subject:

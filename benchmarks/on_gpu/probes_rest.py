@@ -26,7 +26,10 @@ from microtome.ops import (
     mlp_shapley,
     pack_weights,
     patch_rows,
+    random_ranks,
     shapley_reduce,
+    swap_key_attention,
+    use_backend,
 )
 
 
@@ -83,6 +86,43 @@ def cascade(kind: str, shape: Shape, device: Device) -> Call | None:
     if kind == "dense":
         q, k, k_base = 30 * q, 30 * k, 30 * k_base
     return Call(cascade_attention, (q, k, v, k_base, v_base, rows, where, first, scale))
+
+
+def swapped(kind: str, shape: Shape, device: Device) -> Call | None:
+    """swap_key_attention; "ties": the new key is the old; "dense": scores of some ten thousands."""
+    if kind == "nan":
+        return None
+    draw, place, (b, t, h, hk, dh) = drawn(device, 47), device.torch, (2, 20, 6, 2, 64)
+    table = [(i % 2, p, t - i % 3) for i, p in enumerate(range(0, t - 3, 4))]
+    n, first = len(table), torch.tensor([0, 3], dtype=torch.int32, device=place)
+    rows = torch.tensor(table, dtype=torch.int32, device=place)
+    q, k, v = draw(b, t, h, dh), draw(b, t, hk, dh), draw(b, t, hk, dh)
+    q_new, k_new, v_new = draw(n, h, dh), draw(n, hk, dh), draw(n, hk, dh)
+    if kind == "ties":
+        at = (rows[:, 0].long(), rows[:, 1].long())
+        q_new, k_new, v_new = q[at], k[at], v[at]
+    if kind == "dense":
+        q, k, q_new, k_new = 30 * q, 30 * k, 30 * q_new, 30 * k_new
+    whole = [[e, 0, e * t, t, e * t, t] for e in range(b)]
+    causal = torch.tensor(whole, dtype=torch.int32, device=place)
+    positions = torch.arange(t, dtype=torch.int32, device=place).repeat(b)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    with use_backend("reference"):
+        z, lse = cascade_attention(*flat, k[:, :0], v[:, :0], causal, positions, first, dh**-0.5)
+    z, lse = z.view(b, t, h, dh), lse.view(b, t, h)
+    args = (z, lse, q, k, v, q_new, k_new, v_new, rows, first, dh**-0.5)
+    judge = functools.partial(against_reference, call=swap_key_attention, args=args, factor=4.0)
+    return Call(swap_key_attention, args, judge)
+
+
+def ranks(kind: str, shape: Shape, device: Device) -> Call | None:
+    """random_ranks: the very orders of the reference, of few players and of many."""
+    if kind not in ("random", "dense"):
+        return None
+    samples = torch.arange(min(shape.n, 300), device=device.torch) * 2**33
+    args = (samples, 7 if kind == "random" else 1500, 2**40 + 5)
+    judge = functools.partial(equal_to_reference, call=random_ranks, args=args)
+    return Call(random_ranks, args, judge)
 
 
 def attribution(kind: str, shape: Shape, device: Device) -> Call | None:
@@ -177,6 +217,8 @@ def probes() -> list[Probe]:
         Probe("patch_rows", "patch_rows", patch),
         Probe("delta_linear", "delta_linear", delta),
         Probe("cascade_attention", "cascade_attention", cascade),
+        Probe("swap_key_attention", "swap_key_attention", swapped),
+        Probe("random_ranks", "random_ranks", ranks),
         Probe("attribution_scores", "attribution_scores", attribution),
         Probe("coalition_inputs", "coalition_inputs", written),
         Probe("shapley_reduce", "shapley_reduce", reduced),

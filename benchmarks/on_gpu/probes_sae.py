@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from benchmarks.agreement import DisagreementError, within
 from benchmarks.on_gpu import inputs
@@ -17,7 +18,15 @@ from benchmarks.on_gpu.encode import check_rows, check_topk, preactivations
 from benchmarks.on_gpu.inputs import Batch, Shape
 from benchmarks.on_gpu.probes import Call, Probe, floats, problem, raises_for_nan
 from benchmarks.on_gpu.update import RULE, STEP, check_update, code_of
-from microtome.ops import moments_for, sae_loss, sae_update, sparse_decode, topk_encode, use_backend
+from microtome.ops import (
+    moments_for,
+    sae_loss,
+    sae_update,
+    screen_weights,
+    sparse_decode,
+    topk_encode,
+    use_backend,
+)
 
 
 def encode(
@@ -69,6 +78,10 @@ def encode_gradients(kind: str, shape: Shape, device: Device) -> Call | None:
         return None
     b = problem(kind, shape, device)
     seed = torch.linspace(0.5, 1.5, shape.n * shape.k, device=b.x.device).view(shape.n, shape.k)
+    # Where the k-th and the next are closer than float32 rounds, another feature may be the k-th.
+    z = linear(b.x.double() - b.b_dec.double(), b.W_enc.double(), b.b_enc.double())
+    best = z.topk(shape.k + 1).values
+    seed *= best[:, -2:-1] - best[:, -1:] > 1e-5 * z.abs().amax(1, keepdim=True)
 
     def call(*tensors: Tensor) -> list[Tensor]:
         leaves = floats(*tensors)
@@ -115,6 +128,44 @@ def decode_gradients(kind: str, shape: Shape, device: Device) -> Call | None:
         return list(torch.autograd.grad((out * seed).sum(), leaves))
 
     return Call(call, (values, b.W_dec, b.b_dec, b.x))
+
+
+def csr(kind: str, shape: Shape, device: Device) -> Call | None:
+    """sparse_decode of rows of any length, some empty, and its gradients."""
+    made = coded(kind, shape, device)
+    if made is None or kind == "nan":
+        return None
+    b, values, indices = made
+    keep = values > values.median()
+    keep[::3] = False
+    offsets = pad(keep.sum(1).cumsum(0), (1, 0))
+    entries = indices[keep]
+
+    def call(values: Tensor, W_dec: Tensor, b_dec: Tensor, seed: Tensor) -> list[Tensor]:
+        leaves = floats(values, W_dec, b_dec)
+        out = sparse_decode(leaves[0], entries, *leaves[1:], offsets)
+        return [out.detach(), *torch.autograd.grad((out * seed).sum(), leaves)]
+
+    return Call(call, (values[keep], b.W_dec, b.b_dec, b.x))
+
+
+def screen(kind: str, shape: Shape, device: Device) -> Call | None:
+    """screen_weights in 8 bits: the codes of the reference, and norms that differ by a unit."""
+    if kind not in ("random", "ties"):
+        return None
+    W = problem(kind, shape, device).W_enc
+
+    def judge(backend: str) -> dict[str, Any]:
+        with use_backend(backend):
+            _, codes, stats = screen_weights(W, "fp8")
+        with use_backend("reference"):
+            _, wanted, plain = screen_weights(W, "fp8")
+        if not torch.equal(codes, wanted):
+            msg = f"{int((codes != wanted).sum())} of {codes.numel()} codes are off"
+            raise DisagreementError(msg)
+        return within("stats", stats, plain, plain.double())
+
+    return Call(functools.partial(screen_weights, W, "fp8"), (), judge)
 
 
 def loss(
@@ -235,6 +286,8 @@ def probes() -> list[Probe]:
         Probe("sparse_decode", "sparse_decode", decode),
         Probe("sparse_decode bf16", "sparse_decode", at(decode, **bf16)),
         Probe("sparse_decode gradients", "sparse_decode", decode_gradients),
+        Probe("sparse_decode csr", "sparse_decode_csr", csr),
+        Probe("screen_weights fp8", "screen_weights", screen),
         Probe("sae_loss", "sae_loss", loss),
         Probe("sae_loss bf16", "sae_loss", at(loss, **bf16)),
         Probe("sae_update", "sae_update", update),

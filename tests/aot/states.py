@@ -1,4 +1,4 @@
-"""`sae_update` at d = 768 and 2304 in every state of its moments, and the sums it shares."""
+"""`sae_update` at d = 256, 768 and 2304 in every state of its moments, and the sums it shares."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def cases() -> dict[str, Case]:
         ),
     }  # fmt: skip
     for d, states, rowsparse in (
+        (256, ("float32",), False),  # several latents a program
         (768, ("float32", "int8"), False),
         (2304, ("float32", "bfloat16", "int8"), False),
         (4096, ("float32", "int8"), True),

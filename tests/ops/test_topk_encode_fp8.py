@@ -149,6 +149,19 @@ def test_a_gpu_without_products_of_8_bits_says_what_to_do(monkeypatch: pytest.Mo
         assert triton.why_not(x, x, None, None, 1, 6.0, 4.0, "auto", None, None) == reason
 
 
+def test_a_backend_that_answers_exactly_is_asked_for_k_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = sys.modules[topk_encode.__module__]
+    for name in ("why_not_common", "unavailable"):
+        monkeypatch.setattr(exact, name, lambda *_: None)
+    cuda = next(b for b in _encode.backends if b.name == "cuda")
+    x = draw(2, 3)
+    assert cuda.why_not(x, x, None, None, 1, 6.0, 4.0, "auto", None, None) is None
+    reason = cuda.why_not(x, x, None, None, 8193, 6.0, 4.0, "auto", None, None)
+    assert reason == "k=8193 (a block sorts up to 8192)"
+
+
 def test_wrong_arguments_are_named() -> None:
     x, W = draw(3, 4), draw(8, 4)
     with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,11 +140,11 @@ def _why_not_triton(*args: Tensor | None) -> str | None:
 
 
 def _as(name: str) -> Callable[..., str | None]:
-    """Why `topk_encode` cannot run on that backend."""
+    """Why `topk_encode` cannot run on that backend: a question of its tensors and k."""
     backend = next(b for b in OPS["topk_encode"].backends if b.name == name)
 
-    def why_not(*args: Tensor | None) -> str | None:
-        return backend.why_not(*args[:4])
+    def why_not(*args: Any) -> str | None:
+        return backend.why_not(*args[:5])
 
     return why_not
 
