@@ -31,7 +31,7 @@ const TopkKernels& kernels_for(Isa isa) {
 #if defined(MICROTOME_X86)
     switch (isa) {
         case Isa::kAmx:
-            return topk_amx;
+            return topk_amx[amx_is_emulated()];
         case Isa::kAvx512Bf16:  // integers screen more sharply than bf16, at the same rate
         case Isa::kAvx512:
             return topk_avx512;

@@ -59,7 +59,8 @@ struct TopkKernels {
     bool (*screen_row)(const float* w, int64_t d, int64_t stride, int kind, int16_t* shadow, float* stats);
 };
 
-extern const TopkKernels topk_generic, topk_avx2, topk_avx512, topk_amx;
+extern const TopkKernels topk_generic, topk_avx2, topk_avx512;
+extern const TopkKernels topk_amx[2];  // the second on the emulated unit
 
 // Called by kernels when a row's list is full.
 void prune_bounds(const Screening& s, int64_t row);
