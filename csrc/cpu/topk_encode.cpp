@@ -228,6 +228,7 @@ class Pass {
         s.scale = scale_.data();
         s.error_w = error_w_.data();
         s.error_r = error_r_.data();
+        s.tiny = kernels_.kind == 0 ? std::ldexp(static_cast<float>(a_.d + 32), -125) : 0x1p-94f;
         s.threshold = threshold_.data() + slice * slots_;
         s.hits = hits_.get() + slice * slots_ * capacity_;
         s.count = count_.data() + slice * slots_;

@@ -33,6 +33,7 @@ struct Screening {
     const float* scale;    // [rows]
     const float* error_w;  // [rows] multiplies |w|
     const float* error_r;  // [rows] multiplies |w - shadow|
+    float tiny;            // added to every bound: what numbers below the smallest normal one lose
 
     // The lists: per row a threshold no top-k member's upper bound lies below, and its hits.
     float* threshold;
