@@ -49,8 +49,13 @@ PACKAGES = (
 
 
 def isa() -> str:
-    """The instruction-set level of the native kernels, or "reference" where they are absent."""
-    return "reference" if _native.why_absent() else _native.isa()
+    """The instruction-set level of the native kernels, or "reference" where they are absent.
+
+    "amx-emulated" is not a level: no time taken on it says anything about AMX.
+    """
+    if _native.why_absent():
+        return "reference"
+    return "amx-emulated" if _native.emulates_amx() else _native.isa()
 
 
 def describe(threads: int) -> dict[str, Any]:

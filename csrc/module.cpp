@@ -162,6 +162,7 @@ int64_t bind_mlp_shapley(Address x, Address background, Address ranks, const std
 PYBIND11_MODULE(_native_ext, m) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     m.def("isa_level", [](const std::string& forced) { return isa_name(isa_from_name(forced.c_str())); });
+    m.def("amx_is_emulated", &amx_is_emulated);
     m.def("screen_kind", [](const std::string& forced) { return cpu::screen_kind(isa_from_name(forced.c_str())); });
     m.def("ask_for_large_pages", &ask_for_large_pages);
 #if defined(MICROTOME_CUDA)

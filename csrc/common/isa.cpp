@@ -50,10 +50,20 @@ Isa best_isa() {
     return best;
 }
 
+bool amx_is_emulated() {
+#if defined(MICROTOME_EMULATE_AMX)
+    return best_isa() == Isa::kAvx512Bf16;
+#else
+    return false;
+#endif
+}
+
+Isa highest_isa() { return amx_is_emulated() ? Isa::kAmx : best_isa(); }
+
 Isa isa_from_name(const char* forced) {
     for (int level = 0; level <= static_cast<int>(Isa::kAmx); ++level) {
         if (std::strcmp(forced, kNames[level]) == 0) {
-            return level < static_cast<int>(best_isa()) ? static_cast<Isa>(level) : best_isa();
+            return level < static_cast<int>(highest_isa()) ? static_cast<Isa>(level) : highest_isa();
         }
     }
     return best_isa();

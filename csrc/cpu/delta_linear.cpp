@@ -11,7 +11,7 @@ const PanelKernels& kernels(const std::string& isa) {
 #if defined(MICROTOME_X86)
     switch (isa_from_name(isa.c_str())) {
         case Isa::kAmx:
-            return kDeltaLinearAmx;
+            return kDeltaLinearAmx[amx_is_emulated()];
         case Isa::kAvx512Bf16:
             return kDeltaLinearAvx512Bf16;
         case Isa::kAvx512:

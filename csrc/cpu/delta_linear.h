@@ -15,6 +15,7 @@ int64_t delta_linear(uintptr_t x, int64_t x_stride, uintptr_t x_base, int64_t x_
                      int64_t y_base_stride, uintptr_t index, uintptr_t packed, uintptr_t add, int64_t add_stride,
                      uintptr_t y, int64_t T, int64_t r, int64_t i, int64_t o, const std::string& isa, int threads);
 
-extern const PanelKernels kDeltaLinearAvx2, kDeltaLinearAvx512, kDeltaLinearAvx512Bf16, kDeltaLinearAmx;
+extern const PanelKernels kDeltaLinearAvx2, kDeltaLinearAvx512, kDeltaLinearAvx512Bf16;
+extern const PanelKernels kDeltaLinearAmx[2];  // the second on the emulated unit
 
 }  // namespace microtome::cpu

@@ -1,7 +1,7 @@
 // delta_linear on a unit that multiplies tiles, as AMX does: 16 rows of 32 bfloat16 columns times 16 pairs of columns
 // for 16 outputs. Two tiles of rows meet the two halves of a panel, so each tile that is loaded is used twice.
 //
-// A Unit has
+// A Unit (common/amx.h, delta_linear_plain.h) has
 //     zero<c>()                        tile c of sums, c in 0..3
 //     load<t>(from, stride)            tile t in 4..7: sixteen lines of 64 bytes, `stride` bytes apart
 //     multiply<c, rows, weights>()     tile c += tile `rows` (4, 5) times tile `weights` (6, 7)

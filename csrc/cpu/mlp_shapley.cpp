@@ -20,7 +20,7 @@ const MlpKernels& kernels(const std::string& isa, bool half) {
 #if defined(MICROTOME_X86)
     switch (isa_from_name(isa.c_str())) {
         case Isa::kAmx:
-            return half ? kMlpHalfAmx : kMlpAvx512;
+            return half ? kMlpHalfAmx[amx_is_emulated()] : kMlpAvx512;
         case Isa::kAvx512Bf16:
             return half ? kMlpHalfAvx512Bf16 : kMlpAvx512;
         case Isa::kAvx512:

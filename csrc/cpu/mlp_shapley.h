@@ -72,6 +72,7 @@ struct MlpShapleyArguments {
 // Returns the first order, as a position in [S, U, A], that is no permutation, and then has written nothing, or -1.
 int64_t mlp_shapley(const MlpShapleyArguments& a, const std::string& isa, int threads);
 
-extern const MlpKernels kMlpAvx2, kMlpAvx512, kMlpHalfAvx2, kMlpHalfAvx512, kMlpHalfAvx512Bf16, kMlpHalfAmx;
+extern const MlpKernels kMlpAvx2, kMlpAvx512, kMlpHalfAvx2, kMlpHalfAvx512, kMlpHalfAvx512Bf16;
+extern const MlpKernels kMlpHalfAmx[2];  // the second on the emulated unit
 
 }  // namespace microtome::cpu

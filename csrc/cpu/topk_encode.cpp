@@ -31,7 +31,7 @@ const TopkKernels& kernels_for(Isa isa) {
 #if defined(MICROTOME_X86)
     switch (isa) {
         case Isa::kAmx:
-            return topk_amx;
+            return topk_amx[amx_is_emulated()];
         case Isa::kAvx512Bf16:  // integers screen more sharply than bf16, at the same rate
         case Isa::kAvx512:
             return topk_avx512;
@@ -228,6 +228,7 @@ class Pass {
         s.scale = scale_.data();
         s.error_w = error_w_.data();
         s.error_r = error_r_.data();
+        s.tiny = kernels_.kind == 0 ? std::ldexp(static_cast<float>(a_.d + 32), -125) : 0x1p-94f;
         s.threshold = threshold_.data() + slice * slots_;
         s.hits = hits_.get() + slice * slots_ * capacity_;
         s.count = count_.data() + slice * slots_;

@@ -33,6 +33,7 @@ struct Screening {
     const float* scale;    // [rows]
     const float* error_w;  // [rows] multiplies |w|
     const float* error_r;  // [rows] multiplies |w - shadow|
+    float tiny;            // added to every bound: what numbers below the smallest normal one lose
 
     // The lists: per row a threshold no top-k member's upper bound lies below, and its hits.
     float* threshold;
@@ -59,7 +60,8 @@ struct TopkKernels {
     bool (*screen_row)(const float* w, int64_t d, int64_t stride, int kind, int16_t* shadow, float* stats);
 };
 
-extern const TopkKernels topk_generic, topk_avx2, topk_avx512, topk_amx;
+extern const TopkKernels topk_generic, topk_avx2, topk_avx512;
+extern const TopkKernels topk_amx[2];  // the second on the emulated unit
 
 // Called by kernels when a row's list is full.
 void prune_bounds(const Screening& s, int64_t row);

@@ -29,7 +29,7 @@ struct Step {
             const float* stat = s.stats + f * 4;
             scale[g] = stat[0], norm[g] = stat[1], residual[g] = stat[2];
             bias[g] = s.bias ? s.bias[f] : 0.0f;
-            slack[g] = kSlack * __builtin_fabsf(bias[g]);
+            slack[g] = kSlack * __builtin_fabsf(bias[g]) + s.tiny;
             widest_norm = norm[g] > widest_norm ? norm[g] : widest_norm;
             widest_residual = residual[g] > widest_residual ? residual[g] : widest_residual;
             widest_slack = slack[g] > widest_slack ? slack[g] : widest_slack;
@@ -42,7 +42,8 @@ struct Step {
 // has at least kFeatures features (the driver sees to it), so the last step of a range may look back and pass over what
 // it has seen.
 //
-//     score = scale_x scale_w out + bias;  upper, lower = score +- (error_w |w| + error_r |w - shadow| + slack |bias|)
+//     score = scale_x scale_w out + bias
+//     upper, lower = score +- (error_w |w| + error_r |w - shadow| + slack |bias| + tiny)
 //
 // The widest error of a step's features is tried first: rounding is monotone, so what misses the threshold with it
 // misses it with its own error too, and nearly every feature does.

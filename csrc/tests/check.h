@@ -29,10 +29,10 @@ inline std::vector<float> normal(int64_t count, unsigned seed) {
     return out;
 }
 
-// The levels this processor has, from generic up.
+// The levels this processor has, or emulates, from generic up.
 inline std::vector<Isa> levels() {
     std::vector<Isa> out;
-    for (int level = 0; level <= static_cast<int>(best_isa()); ++level) out.push_back(static_cast<Isa>(level));
+    for (int level = 0; level <= static_cast<int>(highest_isa()); ++level) out.push_back(static_cast<Isa>(level));
     return out;
 }
 

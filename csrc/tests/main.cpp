@@ -45,20 +45,32 @@ namespace microtome::test {
     X(cuda_walks_are_reduced)                                     \
     X(cuda_steps_move_every_parameter)
 
+#if defined(MICROTOME_X86)
+#define EACH_AMX_TEST(X)                          \
+    X(tiles_round_and_flush_as_the_manual_says)   \
+    X(tiles_multiply_every_row_with_every_column) \
+    X(tiles_are_refused_where_the_processor_would)
+#else
+#define EACH_AMX_TEST(X)
+#endif
+
 #define DECLARE(name) void name();
 EACH_TEST(DECLARE)
+EACH_AMX_TEST(DECLARE)
 #undef DECLARE
 
 }  // namespace microtome::test
 
 int main() {
-    std::printf("best level: %s\n", microtome::isa_name(microtome::best_isa()));
+    std::printf("best level: %s%s\n", microtome::isa_name(microtome::best_isa()),
+                microtome::amx_is_emulated() ? ", and amx emulated" : "");
 #define RUN(name)            \
     std::printf(#name "\n"); \
     std::fflush(stdout);     \
     microtome::test::name();
     using namespace microtome::test;
     EACH_TEST(RUN)
+    EACH_AMX_TEST(RUN)
     EACH_HOPPER_TEST(RUN)
     std::printf(failures ? "%d CHECKs failed\n" : "all passed\n", failures);
     return failures != 0;

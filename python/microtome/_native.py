@@ -106,6 +106,11 @@ def isa() -> str:
     return str(module().isa_level(forced_isa()))
 
 
+def emulates_amx() -> bool:
+    """Whether the level in use is amx and its tile unit is emulated, which tests ask for."""
+    return isa() == "amx" and bool(module().amx_is_emulated())
+
+
 def threads() -> int:
     """Threads a kernel may use. OpenMP's own count is per Python thread, torch's is not."""
     return torch.get_num_threads()

@@ -113,9 +113,10 @@ def _info(_: argparse.Namespace) -> None:
     for name in NAMES:
         print(f"  {name:<10} {unavailable(name) or 'available'}")
     if _native.why_absent() is None:
-        print(
-            f"  cpu instruction set in use: {_native.isa()} (MICROTOME_CPU_ISA forces a lower one)"
-        )
+        forced = "MICROTOME_CPU_ISA forces a lower one"
+        if _native.emulates_amx():
+            forced = "emulated, as MICROTOME_CPU_ISA demands: right answers, slowly"
+        print(f"  cpu instruction set in use: {_native.isa()} ({forced})")
     print(f"  demanded: {demanded_backend() or 'none, each op takes the first that can run it'}")
     ops.info()
 

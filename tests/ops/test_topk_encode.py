@@ -266,6 +266,17 @@ def test_extreme_scales_keep_their_order(scale_x, scale_w):
     )
 
 
+@pytest.mark.parametrize("level", level_parameters())
+@pytest.mark.parametrize(("x", "one", "many"), [(-63, -60, -64), (-61, -60.5, -64.1)])
+def test_sums_of_products_that_vanish_are_not_passed_over(level, x, one, many, monkeypatch):
+    # First the products of the 28 best features are below 2^-126, then the product of their scales.
+    monkeypatch.setenv("MICROTOME_CPU_ISA", level)
+    W_enc = torch.zeros(128, 64)
+    W_enc[:100, 0], W_enc[100:] = 2.0**one, 2.0**many
+    _, indices, _ = topk_encode(torch.full((1, 64), 2.0**x), W_enc, k=3)
+    assert indices.tolist() == [[100, 101, 102]]
+
+
 @pytest.mark.parametrize("backend", WITH_GRADIENTS)
 @pytest.mark.parametrize(
     "case",

@@ -90,11 +90,11 @@ def backends_of(op: _registry.Op) -> list[object]:
 
 
 def has_level(level: str) -> bool:
-    """Whether the extension is there and this processor has an instruction-set level."""
-    if _native.why_absent() is not None:
-        return False
-    best = _native.module().isa_level("")
-    return _native.LEVELS.index(level) <= _native.LEVELS.index(best)
+    """Whether the extension is there and this processor has an instruction-set level.
+
+    Level amx counts where the extension emulates it.
+    """
+    return _native.why_absent() is None and _native.module().isa_level(level) == level
 
 
 def level_parameters(*levels: str) -> list[object]:
