@@ -164,7 +164,7 @@ def _in_full(
 
 @triton.jit
 def _swap_key_attention_kernel(
-    z, lse, q, k_base, v_base, q_new, k_new, v_new, rows, at, token_row, first, out,
+    z, lse, q, k_base, v_base, q_new, k_new, v_new, rows, at, token_row, first, out, n,
     q_example, q_token, k_base_example, k_base_token, v_base_example, v_base_token,
     q_new_row, k_new_row, v_new_row, pairs, t, h, group, dh, dv, window, scale, softcap, most,
     SOFTCAP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -176,14 +176,15 @@ def _swap_key_attention_kernel(
     live = pair < pairs
     token, head = (pair // h).to(tl.int32), (pair % h).to(tl.int32)
     key_head = head // group
-    row = tl.load(token_row + token, mask=live, other=0).to(tl.int64)
-    example = tl.load(rows + row * 3, mask=live, other=0).to(tl.int64)
-    position = tl.load(rows + row * 3 + 1, mask=live, other=0)
-    i = position + token - tl.load(at + row, mask=live, other=0)
-    lower = tl.maximum(tl.load(first + example, mask=live, other=0), 0)
+    row = tl.load(token_row + token, mask=live, other=n).to(tl.int64)
+    there = row < n  # NaN where there turned out to be more tokens than the rows have
+    example = tl.load(rows + row * 3, mask=there, other=0).to(tl.int64)
+    position = tl.load(rows + row * 3 + 1, mask=there, other=0)
+    i = position + token - tl.load(at + row, mask=there, other=0)
+    lower = tl.maximum(tl.load(first + example, mask=there, other=0), 0)
     if window > 0:
         lower = tl.maximum(lower, i - window + 1)
-    changes = live & (position >= lower) & (i > position)
+    changes = there & (position >= lower) & (i > position)
     place = (example * t + i) * h + head
     c, wide = tl.arange(0, BK)[None, :], tl.arange(0, BV)[None, :]
     mask = changes[:, None] & (c < dh)
@@ -206,10 +207,11 @@ def _swap_key_attention_kernel(
         (v_base + base + position.to(tl.int64) * v_base_token)[:, None] + wide, mask=mask, other=0.0
     )
     new = tl.load((v_new + row * v_new_row + key_head * dv)[:, None] + wide, mask=mask, other=0.0)
-    kept = tl.load(z + place[:, None] * dv + wide, mask=live[:, None] & (wide < dv), other=0.0)
+    mask = there[:, None] & (wide < dv)
+    kept = tl.load(z + place[:, None] * dv + wide, mask=mask, other=float("nan"))
     answer = kept - of_old[:, None] * old + of_new[:, None] * new
     answer = tl.where(quick[:, None], answer / (1.0 - of_old + of_new)[:, None], kept)
-    left = (live & (i == position)) | (changes & (quick == 0))
+    left = (there & (i == position)) | (changes & (quick == 0))
     for _ in range(0, tl.sum(left.to(tl.int32), 0)):
         one = tl.min(tl.where(left, lane, BP), 0)
         pair_1 = tl.program_id(0).to(tl.int64) * BP + one
@@ -315,7 +317,10 @@ def launch_swap(
     k_new: Tensor, v_new: Tensor, rows: Tensor, first: Tensor, scale: float, softcap: float,
     window: int, total: int,
 ) -> Tensor:  # fmt: skip
-    """`swap_key_attention`: a program per block of (token, head) pairs."""
+    """`swap_key_attention`: a program per block of (token, head) pairs.
+
+    Rows lie within the base, but `total` need not be the sum of their tokens.
+    """
     (_, t, h, dh), (_, _, hk, dv) = q.shape, v_base.shape
     out = torch.empty(total, h, dv, dtype=torch.float32, device=q.device)
     if total * h == 0:
@@ -324,15 +329,16 @@ def launch_swap(
         heads_together(x) for x in (q, k_base, v_base, q_new, k_new, v_new)
     )
     count = (rows[:, 2] - rows[:, 1]).long()
-    at = (count.cumsum(0) - count).int()  # [n], the first token of each row
-    numbers = torch.arange(rows.shape[0], dtype=torch.int32, device=q.device)
-    token_row = numbers.repeat_interleave(count, output_size=total)
+    ends = count.cumsum(0)
+    at = (ends - count).int()  # [n], the first token of each row
+    numbers = torch.arange(total, device=q.device)
+    token_row = torch.searchsorted(ends, numbers, right=True, out_int32=True)
     tile, warps = swap_geometry(dh, dv, not q.is_cuda)
     with torch.cuda.device_of(q):
         _swap_key_attention_kernel[(triton.cdiv(total * h, tile["BP"]),)](
             z.contiguous(), lse.contiguous(), q, k_base, v_base, q_new, k_new, v_new,
             rows.int().contiguous(), at, token_row, first.int().contiguous(), out,
-            *q.stride()[:2], *k_base.stride()[:2], *v_base.stride()[:2],
+            rows.shape[0], *q.stride()[:2], *k_base.stride()[:2], *v_base.stride()[:2],
             q_new.stride(0), k_new.stride(0), v_new.stride(0),
             total * h, t, h, h // hk, dh, dv, window, scale, softcap, MOST, SOFTCAP=softcap > 0,
             **tile, num_warps=warps, **OPTIONS,

@@ -17,20 +17,21 @@ WIDEST, SIZE = 256, 1024  # columns and numbers of a tile
 
 @triton.jit
 def _patch_rows_kernel(
-    base, sources, rows, at, token_row, table, order, offsets, factors, out, T, w,
+    base, sources, rows, at, token_row, table, order, offsets, factors, out, n, T, w,
     base_example, base_token, source_row,
     NARROW: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     column = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
     live = token < T
-    mask = live[:, None] & (column < w)
-    row = tl.load(token_row + token, mask=live, other=0)
-    example = tl.load(rows + row * 3, mask=live, other=0).to(tl.int64)
-    start = tl.load(rows + row * 3 + 1, mask=live, other=0)
-    position = start + token - tl.load(at + row, mask=live, other=0)
+    row = tl.load(token_row + token, mask=live, other=n)
+    known = row < n  # NaN where T turned out to be more tokens than the rows have
+    example = tl.load(rows + row * 3, mask=known, other=0).to(tl.int64)
+    start = tl.load(rows + row * 3 + 1, mask=known, other=0)
+    position = start + token - tl.load(at + row, mask=known, other=0)
     place = example * base_example + position * base_token
-    value = tl.load(base + place[:, None] + column, mask=mask, other=0.0)  # [BT, BW]
+    mask = known[:, None] & (column < w)
+    value = tl.load(base + place[:, None] + column, mask=mask, other=float("nan"))  # [BT, BW]
     entry = tl.load(offsets + token, mask=live, other=0)
     end = tl.load(offsets + token + 1, mask=live, other=0)
     for _ in range(0, tl.max(end - entry, 0)):
@@ -52,7 +53,7 @@ def _patch_rows_kernel(
         new = tl.where(op == 2, 0.0, tl.where(op == 3, value * factor, new))
         value = tl.where(inside, new, value)
         entry += 1
-    tl.store(out + token[:, None] * w + column, value, mask=mask)
+    tl.store(out + token[:, None] * w + column, value, mask=live[:, None] & (column < w))
 
 
 def launch(
@@ -61,7 +62,7 @@ def launch(
     """`patch_rows`: a program per block of tokens and of columns.
 
     No product is fused into a sum, so the bits are those of every other backend. Nothing is read
-    back to the host.
+    back to the host. Rows and entries lie within their tensors, but `total` need not be the sum.
     """
     w, n = base.shape[2], rows.shape[0]
     out = torch.empty(total, w, dtype=base.dtype, device=base.device)
@@ -69,17 +70,18 @@ def launch(
         return out
     base, sources = columns(base), columns(sources)
     start, count = rows[:, 1].long(), (rows[:, 2] - rows[:, 1]).long()
-    at = count.cumsum(0) - count  # [n], the first token of each row
-    numbers = torch.arange(max(n, total + 1), device=base.device)
-    token_row = numbers[:n].repeat_interleave(count, output_size=total)
+    ends = count.cumsum(0)
+    at = ends - count  # [n], the first token of each row
+    numbers = torch.arange(total + 1, device=base.device)
+    token_row = torch.searchsorted(ends, numbers[:total], right=True)
     row, position = table[:, 0].long(), table[:, 1]
     token, order = ((at - start)[row] + position).sort(stable=True)  # each [m]
-    offsets = torch.searchsorted(token, numbers[: total + 1])
+    offsets = torch.searchsorted(token, numbers)
     BT, BW = tile(total, w, not base.is_cuda, WIDEST, SIZE)
     with torch.cuda.device_of(base):
         _patch_rows_kernel[(triton.cdiv(total, BT), triton.cdiv(w, BW))](
             base, sources, rows.int().contiguous(), at, token_row, table.int().contiguous(), order,
-            offsets, factors.contiguous(), out, total, w, base.stride(0), base.stride(1),
+            offsets, factors.contiguous(), out, n, total, w, base.stride(0), base.stride(1),
             sources.stride(0), NARROW=sources.shape[1] != w, BT=BT, BW=BW, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -25,7 +25,8 @@ def _unit_mean(
     total = tl.zeros(mask.shape, tl.float64)
     for a in range(0, A):
         order = (ranked + a // repeat)[:, None] * p
-        rank = tl.load(ranks + order + player, mask=mask, other=0).to(tl.int64)
+        rank = tl.load(ranks + order + player, mask=mask, other=0)
+        rank = tl.minimum(tl.maximum(rank, 0), p - 1).to(tl.int64)  # a GPU's are not checked yet
         v = values + ((walk + a)[:, None] * points + rank) * o + output
         step = tl.load(v + o, mask=mask, other=0.0).to(tl.float64)
         step -= tl.load(v, mask=mask, other=0.0).to(tl.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from microtome import SAE, TopK, TrainConfig, ops, synchronize
 from microtome._seed import generator
-from microtome.errors import NonFiniteError
+from microtome.errors import ArgumentError, NonFiniteError
 from microtome.ops import ADD, REPLACE
 from microtome.ops._registry import OPS
 from microtome.ops.sae_update import Code, UpdateRule, moments_for
@@ -220,6 +220,74 @@ def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         out = call()
     return graph, out
+
+
+# Ops that look at index tables; here their tables are sound.
+TABLED = (
+    "patch_rows", "delta_linear", "cascade_attention", "swap_key_attention", "coalition_inputs",
+    "shapley_reduce", "mlp_shapley", "feature_clamp",
+)  # fmt: skip
+
+
+def tabled(name: str, device: str) -> tuple[Call, dict[str, Any]]:
+    """A call of such an op that reads its sizes from nothing, and its inputs."""
+    call = calls(n=50)[name]
+    inputs = put(call.inputs, device)
+    return partial(call, inputs), inputs
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", TABLED)
+def test_an_op_that_looks_at_tables_never_waits_for_the_device(name: str, device: str) -> None:
+    call, _ = tabled(name, device)
+    want = call()  # compiles
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with waits("error") if device == "cuda" else nullcontext():
+        got = call()
+    assert equal(got, want)
+    synchronize()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", TABLED)
+def test_an_op_that_looks_at_tables_is_captured(name: str, device: str) -> None:
+    call, inputs = tabled(name, device)
+    graph, out = captured(call)
+    for turn in range(2):
+        if turn:
+            for tensor in tree_leaves(inputs):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    tensor.mul_(1.5)
+        graph.replay()
+        assert equal(out, call())
+
+
+# Op, table, and an entry beyond what there is, of a call of n = 50 rows.
+BEYOND: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "patch_rows": ("table", (1, 1), 10**6),
+    "cascade_attention": ("q_positions", (3,), 10**6),
+    "swap_key_attention": ("rows", (0, 2), 10**6),
+    "coalition_inputs": ("rows", (7, 2), 10**6),
+    "shapley_reduce": ("ranks", (0, 1, 0, 2), 10**6),
+    "mlp_shapley": ("ranks", (0, 1, 1, 0), 10**6),
+}
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_table_that_reaches_outside_is_told_later_and_harms_nothing(
+    name: str, device: str
+) -> None:
+    key, at, value = BEYOND[name]
+    call, inputs = tabled(name, device)
+    want, sound = call(), inputs[key].clone()
+    inputs[key][at] = value
+    call()
+    with pytest.raises(ArgumentError, match=rf"^{name}: .*, the first such row, in an earlier"):
+        synchronize()
+    inputs[key].copy_(sound)
+    assert equal(call(), want)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])

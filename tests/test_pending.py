@@ -253,7 +253,7 @@ def test_a_check_after_writing_is_let_go_where_memory_is_short(
 
 def test_an_op_on_a_gpu_gathers_within_its_table(gpu: PaperGpu) -> None:
     op = Op.__new__(Op)  # no dispatcher: a CPU tensor would not get there
-    op.name, op.gathers = "gather", [(1, "indices", 0, "f")]
+    op.name, op.gathers, op.looks = "gather", [(1, "indices", 0, "f")], None
     table, safe = op._within(CPU, (torch.ones(3, 2), torch.tensor([[5, 1]])))
     assert table.shape == (3, 2)
     assert safe.tolist() == [[2, 1]]

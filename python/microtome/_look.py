@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,22 @@ class Look:
         clamped = indices.clamp(0, size - 1)
         wrong = clamped != indices
         wrong = wrong.any(-1) if wrong.dim() == 2 else wrong
-        health = torch.where(wrong, float("inf"), 0.0)
-        what = f"{name} must lie in [0, {letter}={size}), and do not"
-        self._add(health, name, ArgumentError, what)
+        self.wrong(name, [(wrong, f"{name} must lie in [0, {letter}={size}), and do not")])
         return clamped
+
+    def wrong(self, name: str, problems: Sequence[tuple[Tensor, str]]) -> None:
+        """Say of which rows something is wrong, only where looks are made later.
+
+        Args:
+            name: of the input.
+            problems: masks [rows] of what is wrong, each with what it means. The rows of each are
+                counted from 0; of several problems the first is told.
+        """
+        # One kernel for all of them: the masks of a table are many and short.
+        self._health.append(torch.where(torch.cat([bad for bad, _ in problems]), float("inf"), 0.0))
+        self._pieces += [
+            pending.Piece(name, bad.numel(), ArgumentError, what) for bad, what in problems
+        ]
 
     def room(self, what: str, offsets: Tensor, room: int) -> None:
         """Look whether entries by row, offsets [n + 1], fit into the room there is for them.
@@ -83,9 +97,8 @@ class Look:
         if self.now:
             check_room(self.op, int(offsets[-1]), room, what)
             return
-        health = torch.where(offsets[1:] > room, float("inf"), 0.0)
         too_small = f"capacity={room} must be larger, it has no room for all {what}"
-        self._add(health, "capacity", ArgumentError, too_small)
+        self.wrong("capacity", [(offsets[1:] > room, too_small)])
 
     def _add(self, health: Tensor, name: str, kind: type[MicrotomeError], what: str) -> None:
         self._health.append(health)

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from microtome.testing import interpreted, ops_on
+
+READS = ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every way in which the host of this test asks a tensor for its numbers."""
+    seen: list[str] = []
+    for name in READS:
+        usual = getattr(Tensor, name)
+
+        def read(t: Tensor, *a: Any, _usual: Any = usual, _name: str = name, **k: Any) -> Any:
+            seen.append(_name)
+            return _usual(t, *a, **k)
+
+        monkeypatch.setattr(Tensor, name, read)
+    return seen
 
 
 @pytest.fixture(autouse=True)

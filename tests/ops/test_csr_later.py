@@ -22,22 +22,6 @@ if RUNS:
     from microtome.kernels import batch_topk_encode, threshold_encode
 
 CASE = Case("later", 5, 16, 400, 8)
-READS = ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every way in which the host of this test asks a tensor for its numbers."""
-    seen: list[str] = []
-    for name in READS:
-        usual = getattr(Tensor, name)
-
-        def read(t: Tensor, *a: Any, _usual: Any = usual, _name: str = name, **k: Any) -> Any:
-            seen.append(_name)
-            return _usual(t, *a, **k)
-
-        monkeypatch.setattr(Tensor, name, read)
-    return seen
 
 
 def inputs_of(**bad: tuple[int, ...]) -> tuple[Tensor, ...]:

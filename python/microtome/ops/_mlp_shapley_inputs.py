@@ -101,11 +101,20 @@ def check_player(op: str, player: Tensor, p: int) -> None:
 
 def check_ranks(op: str, ranks: Tensor) -> None:
     """Raise ArgumentError unless every order ranks[s, u, a] is a permutation. Sorts `ranks`."""
-    p = ranks.shape[-1]
-    places = torch.arange(p, dtype=ranks.dtype, device=ranks.device)
-    wrong = (ranks.sort(-1).values != places).any(-1).flatten()  # [S U A]
+    wrong = disordered(ranks)
     if bool(wrong.any()):
         raise_order(op, ranks, int(wrong.nonzero()[0]))
+
+
+def disordered(ranks: Tensor) -> Tensor:
+    """[S U A]: which orders are no permutation. Sorts `ranks`."""
+    places = torch.arange(ranks.shape[-1], dtype=ranks.dtype, device=ranks.device)
+    return (ranks.sort(-1).values != places).any(-1).flatten()
+
+
+def strange(player: Tensor, p: int) -> Tensor:
+    """[m]: which columns have a player that does not exist."""
+    return (player < -1) | (player >= p)
 
 
 def raise_order(op: str, ranks: Tensor, position: int) -> None:

@@ -131,8 +131,21 @@ class Op:
         setup_context: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
         gathers: Mapping[str, tuple[str, str]] | None = None,
+        looks: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
-        """`gathers`: an index argument -> the argument whose rows it numbers, and their letter."""
+        """What an op asks of its index arguments on a GPU, where nobody waits for the answer.
+
+        Args:
+            reference: the op in plain PyTorch; its name less "_reference" is the op's.
+            fake: shapes and dtypes alone.
+            backends: in order of choice, the reference being the last.
+            backward: as in torch.library.register_autograd.
+            setup_context: likewise.
+            mutates: arguments that are written into.
+            gathers: an index argument -> the argument whose rows it numbers, and their letter.
+            looks: (look, *arguments) -> the arguments, made safe for every backend whatever their
+                tables hold; for tables of which more is asked than a range.
+        """
         self.name = reference.__name__.removesuffix("_reference")
         self.arguments = tuple(inspect.signature(reference).parameters)
         self.mutates = frozenset(mutates)
@@ -140,6 +153,7 @@ class Op:
             (self.arguments.index(index), index, self.arguments.index(table), letter)
             for index, (table, letter) in (gathers or {}).items()
         ]
+        self.looks = looks
         last = Backend("reference", f"{reference.__module__}:{reference.__name__}", lambda *_: None)
         self.backends = (*backends, last)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
@@ -201,13 +215,11 @@ class Op:
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
         _pending.raise_finished(device)
         backend = self.choose(*args)
-        if device.type == "cuda":
-            args = self._within(device, args)
         # Inside the body autocast would turn a reference's products into bf16 unasked.
         off = torch.autocast(device.type, enabled=False) if _autocast.enabled(device) else _NOTHING
         try:
             with off:
-                return backend.run(*args)
+                return backend.run(*(self._within(device, args) if device.type == "cuda" else args))
         except (RuntimeError, MemoryError) as error:
             if not _memory.ran_out(error):
                 raise
@@ -215,11 +227,13 @@ class Op:
 
     def _within(self, device: torch.device, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Indices on a GPU are looked at without waiting, and clamped: no backend reads outside."""
-        if not self.gathers:
+        if not (self.gathers or self.looks):
             return args
         look, safe = _look.Look(self.name, device), list(args)
         for at, name, table, letter in self.gathers:
             safe[at] = look.indices(name, args[at], args[table].shape[0], letter)
+        if self.looks:
+            safe = list(self.looks(look, *safe))
         look.submit()
         return tuple(safe)
 

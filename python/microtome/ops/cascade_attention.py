@@ -56,7 +56,8 @@ def cascade_attention(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters above do not agree.
-        ArgumentError: a row reaches outside its tensors, a query belongs to no row or to two.
+        ArgumentError: a row reaches outside its tensors, a query belongs to no row or to two. On a
+            GPU a later call raises; the answers to the queries concerned are arbitrary meanwhile.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic: the same bits for any number of threads. 2 (dh + dv) h
@@ -87,7 +88,7 @@ def cascade_attention(
     )
     _check.columns("cascade_attention", "rows", rows, inputs.CASCADE)
     inputs.check_scalars("cascade_attention", sizes, scale, softcap, window)
-    if not (torch.compiler.is_compiling() or inputs.checks_itself(q)):
+    if _check.readable(q) and not inputs.checks_itself(q):
         inputs.check_cascade(q, k, k_base, rows, q_positions, first)
     z, lse = _attend(
         q, k, v, k_base, v_base, rows, q_positions, first, float(scale), float(softcap), window
@@ -214,7 +215,8 @@ def swap_key_attention(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters above do not agree.
-        ArgumentError: a row reaches outside the base run, or total is not the sum.
+        ArgumentError: a row reaches outside the base run, or total is not the sum. On a GPU a
+            later call raises; the answers are arbitrary meanwhile, or NaN.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic: the same bits for any number of threads. 4 dh + 4 dv
@@ -238,7 +240,7 @@ def swap_key_attention(
     inputs.check_scalars("swap_key_attention", sizes, scale, softcap, window)
     if total is None:
         total = int((rows[:, 2] - rows[:, 1]).sum())
-    if not (torch.compiler.is_compiling() or inputs.checks_itself(q)):
+    if _check.readable(q) and not inputs.checks_itself(q):
         inputs.check_swap(q, rows, total)
     out: Tensor = _swap(
         z, lse, q, k_base, v_base, q_new, k_new, v_new, rows, first,
@@ -311,6 +313,7 @@ _attend = Op(
         triton_backend("microtome.kernels.cascade_attention:launch", torch.float32),
         Backend("cpu", "microtome.ops._attention_cpu:attend", _attention_cpu.why_not),
     ],
+    looks=inputs.look_cascade,
 )
 _swap = Op(
     swap_key_attention_reference,
@@ -319,4 +322,5 @@ _swap = Op(
         triton_backend("microtome.kernels.cascade_attention:launch_swap", torch.float32),
         Backend("cpu", "microtome.ops._attention_cpu:swap", _attention_cpu.why_not),
     ],
+    looks=inputs.look_swap,
 )

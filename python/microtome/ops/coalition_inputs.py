@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome._look import Look
 from microtome.errors import ArgumentError, ShapeError
 from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
@@ -49,7 +52,8 @@ def coalition_inputs(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters above do not agree.
-        ArgumentError: a row or a player reaches outside its tensors.
+        ArgumentError: a row or a player reaches outside its tensors. On a GPU a later call raises;
+            such a row is background row 0 meanwhile, such a player's column comes from x.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Moves bits: every backend gives the same, NaN included. Writes R*m items
@@ -85,7 +89,7 @@ def coalition_inputs(
     _check.same_dtype(op, x=x, background=background)
     _check.dtype(op, _check.INDICES, ranks=ranks, rows=rows, player=player)
     _check.device(op, x=x, background=background, ranks=ranks, rows=rows, player=player)
-    if not (torch.compiler.is_compiling() or _checks_itself(x)):
+    if _check.readable(x) and not _checks_itself(x):
         check_tables(x, background, ranks, rows, player)
     out: Tensor = _inputs(x, background, ranks, rows, player)
     return out
@@ -118,25 +122,59 @@ def check_tables(
     x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
 ) -> None:
     """Raise ArgumentError for the first column's player, then row, that reaches outside."""
-    (q, p), e, n = ranks.shape, x.shape[0], background.shape[0]
     if player is not None:
-        outside = (player < -1) | (player >= p)
+        outside = _strange(player, ranks)
         if bool(outside.any()):
             raise_table(_PLAYER, int(outside.nonzero()[0]), x, background, ranks, rows, player)
+    problems = _problems(x, background, ranks, rows)
+    bad = problems.any(0)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        code = int(problems[:, at].nonzero()[0]) + _EXPLICAND
+        raise_table(code, at, x, background, ranks, rows, player)
+
+
+def _problems(x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
+    """[4, R]: what can be wrong with a row, by code, _EXPLICAND first."""
+    (q, p), e, n = ranks.shape, x.shape[0], background.shape[0]
     explicand, behind, order, lo, hi = rows.unbind(1)  # each [R]
-    problems = torch.stack(
+    return torch.stack(
         [
             (explicand < 0) | (explicand >= e),
             (behind < 0) | (behind >= n),
             (order < 0) | (order >= q),
             (lo < 0) | (lo > hi) | (hi > p),
         ]
-    )  # [4, R]
-    bad = problems.any(0)
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        code = int(problems[:, at].nonzero()[0]) + _EXPLICAND
-        raise_table(code, at, x, background, ranks, rows, player)
+    )
+
+
+def _strange(player: Tensor, ranks: Tensor) -> Tensor:
+    """[m]: which columns have a player that does not exist."""
+    return (player < -1) | (player >= ranks.shape[1])
+
+
+def _look(
+    look: Look, x: Tensor, background: Tensor, ranks: Tensor, rows: Tensor, player: Tensor | None
+) -> tuple[Any, ...]:
+    """The tables with zeros for every row that reaches outside, and -1 for every such player."""
+    given = x, background, ranks, rows, player
+    if look.now or (rows.shape[0] and 0 in (x.shape[0], background.shape[0], ranks.shape[0])):
+        check_tables(*given)  # which waits; where there is nothing to number it raises
+        return given
+    if player is not None:
+        strange = _strange(player, ranks)
+        look.wrong("player", [(strange, f"{_why(_PLAYER, *given[:3])}, and does not")])
+        player = player.masked_fill(strange, -1)
+    problems = _problems(x, background, ranks, rows)
+    text = f"in rows ({', '.join(_COLUMNS)}) "
+    look.wrong(
+        "rows",
+        [
+            (bad, f"{text}{_why(code, *given[:3])}, which fails")
+            for code, bad in enumerate(problems, _EXPLICAND)
+        ],
+    )
+    return x, background, ranks, rows.masked_fill(problems.any(0)[:, None], 0), player
 
 
 def raise_table(
@@ -149,23 +187,26 @@ def raise_table(
     player: Tensor | None,
 ) -> None:
     """Raise ArgumentError for what `code` says of row `at`, or of the player of column `at`."""
-    q, p = ranks.shape
+    why = _why(code, x, background, ranks)
     if code == _PLAYER and player is not None:
-        msg = (
-            f"coalition_inputs: player must lie in [-1, p={p}), got {int(player[at])} for "
-            f"column {at}."
-        )
+        msg = f"coalition_inputs: {why}, got {int(player[at])} for column {at}."
         raise ArgumentError(msg)
-    why = {
-        _EXPLICAND: f"explicand must lie in [0, e={x.shape[0]})",
-        _BACKGROUND: f"background must lie in [0, n={background.shape[0]})",
-        _ORDER: f"order must lie in [0, q={q})",
-        _SPAN: f"0 <= lo <= hi <= p={p} must hold",
-    }[code]
     msg = (
         f"coalition_inputs: row {at} of rows ({', '.join(_COLUMNS)}) is {rows[at].tolist()}: {why}."
     )
     raise ArgumentError(msg)
+
+
+def _why(code: int, x: Tensor, background: Tensor, ranks: Tensor) -> str:
+    """What must hold and does not."""
+    q, p = ranks.shape
+    return {
+        _EXPLICAND: f"explicand must lie in [0, e={x.shape[0]})",
+        _BACKGROUND: f"background must lie in [0, n={background.shape[0]})",
+        _ORDER: f"order must lie in [0, q={q})",
+        _SPAN: f"0 <= lo <= hi <= p={p} must hold",
+        _PLAYER: f"player must lie in [-1, p={p})",
+    }[code]
 
 
 def _fake(
@@ -226,4 +267,5 @@ _inputs = Op(
         triton_backend("microtome.kernels.coalition_inputs:launch", *_DTYPES),
         Backend("cpu", f"{__name__}:_cpu_inputs", _why_not_cpu),
     ],
+    looks=_look,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from microtome import _check, _native
+from microtome._look import Look
 from microtome.ops._mlp_shapley_inputs import (
     ACTIVATIONS,
     ELU,
@@ -27,7 +28,9 @@ from microtome.ops._mlp_shapley_inputs import (
     check_model,
     check_player,
     check_ranks,
+    disordered,
     raise_order,
+    strange,
 )
 from microtome.ops._registry import Backend, Op, demanded_backend, why_not_common
 from microtome.ops.pack_weights import FLOATS
@@ -99,7 +102,7 @@ def mlp_shapley(
         DtypeError: the dtypes differ, or are not those above.
         DeviceError: the tensors lie on different devices.
         ArgumentError: a code, a player or a precision does not exist, or an order is no
-            permutation.
+            permutation; on a GPU a later call raises for players and orders.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic: the same bits for any number of threads and whatever else is
@@ -143,9 +146,9 @@ def mlp_shapley(
     _check.device(op, x=x, background=background, ranks=ranks, player=player, **floats)
     _check.one_of(op, "precision", precision, PRECISIONS)
     check_game(op, sizes, player)
-    if player is not None and not torch.compiler.is_compiling():
+    if player is not None and _check.readable(x):
         check_player(op, player, sizes["p"])
-    if not (torch.compiler.is_compiling() or _checks_itself(x)):
+    if _check.readable(x) and not _checks_itself(x):
         check_ranks(op, ranks)
     mean: Tensor
     m2: Tensor
@@ -158,6 +161,27 @@ def mlp_shapley(
 def _checks_itself(x: Tensor) -> bool:
     """Whether the backend to come checks the orders: the reference and the C++ kernel do."""
     return x.device.type == "cpu" and demanded_backend() != "triton"
+
+
+def _look(
+    look: Look, x: Tensor, background: Tensor, ranks: Tensor, weights: list[Tensor],
+    biases: list[Tensor], activations: list[int], player: Tensor | None, *rest: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments with -1 for players that do not exist. Any order is safe: the kernels walk the
+    permutation that sorts it, and clamp its ranks."""
+    op, p = "mlp_shapley", ranks.shape[3]
+    if look.now:
+        check_ranks(op, ranks)
+        if player is not None:
+            check_player(op, player, p)
+    else:
+        if player is not None:
+            bad = strange(player, p)
+            look.wrong("player", [(bad, f"player must lie in [-1, p={p}), and does not")])
+            player = player.masked_fill(bad, -1)
+        what = f"every order must be a permutation of 0 .. p-1={p - 1}, and is not"
+        look.wrong("ranks", [(disordered(ranks), what)])
+    return x, background, ranks, weights, biases, activations, player, *rest
 
 
 def mlp_shapley_reference(
@@ -324,4 +348,5 @@ _shapley = Op(
         Backend("triton", "microtome.kernels.mlp_shapley:launch", _why_not_triton),
         Backend("cpu", f"{__name__}:_cpu", _why_not_cpu),
     ],
+    looks=_look,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome._look import Look
 from microtome.errors import ArgumentError, ShapeError
 from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
@@ -52,7 +55,9 @@ def patch_rows(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters above do not agree.
-        ArgumentError: a row or an entry reaches outside its tensors, or total is not the sum.
+        ArgumentError: a row or an entry reaches outside its tensors, or total is not the sum. On a
+            GPU a later call raises: such an entry changes nothing meanwhile, and what such rows
+            move is arbitrary, or NaN.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Every backend gives the same bits. Writes T*w numbers once and reads them
@@ -82,7 +87,7 @@ def patch_rows(
     _check.device("patch_rows", base=base, sources=sources, rows=rows, table=table, factors=factors)
     if total is None:
         total = int((rows[:, 2] - rows[:, 1]).sum())
-    if not (torch.compiler.is_compiling() or _checks_itself(base)):
+    if _check.readable(base) and not _checks_itself(base):
         check_tables(base, sources, rows, table, total)
     out: Tensor = _patch(base, sources, rows, table, factors, total)
     return out
@@ -119,6 +124,18 @@ def patch_rows_reference(
 
 def check_tables(base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, total: int) -> None:
     """Raise ArgumentError for the first row or table entry that reaches outside its tensors."""
+    problems = _problems(base, sources, rows, table, total)
+    if not bool(torch.cat([bad for _, bad in problems]).any()):
+        return
+    for code, bad in problems:
+        if bool(bad.any()):
+            raise_table(code, int(bad.nonzero()[0]), base, sources, rows, table, total)
+
+
+def _problems(
+    base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, total: int
+) -> list[tuple[int, Tensor]]:
+    """What can be wrong: with which rows [n], or [1] with all, then with which entries [m]."""
     (b, t, w), (S, w_s), n = base.shape, sources.shape, rows.shape[0]
     example, start, stop = rows.long().unbind(1)  # each [n]
     row, position, lo, hi, source, op = table.long().unbind(1)  # each [m]
@@ -128,7 +145,7 @@ def check_tables(base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, tot
     else:
         outside = torch.zeros_like(row, dtype=torch.bool)
     reads = (op == REPLACE) | (op == ADD)
-    problems = (
+    return [
         (_EXAMPLE, (example < 0) | (example >= b)),
         (_SPAN, (start < 0) | (start > stop) | (stop > t)),
         (_TOTAL, ((stop - start).sum() != total)[None]),
@@ -138,45 +155,69 @@ def check_tables(base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, tot
         (_OP, (op < REPLACE) | (op > SCALE)),
         (_SOURCE, reads & ((source < 0) | (source >= S))),
         (_WIDTH, reads & (hi - lo > w_s) & (w_s != w)),
+    ]
+
+
+def _look(
+    look: Look, base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, factors: Tensor,
+    total: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The tables with zeros for every row and entry that reaches outside: those do nothing."""
+    given = base, sources, rows, table, total
+    if look.now or total < 0 or (rows.shape[0] == 0 and (total or table.shape[0])):
+        check_tables(*given)  # which waits; without rows the sizes alone say that it raises
+        return base, sources, rows, table, factors, total
+    problems = _problems(*given)
+    text = dict.fromkeys((_EXAMPLE, _SPAN), f"in rows ({', '.join(_ROWS)}) ")
+    text |= dict.fromkeys(range(_ROW, _WIDTH + 1), f"in table ({', '.join(_TABLE)}) ")
+    look.wrong(
+        "rows",
+        [
+            (bad, f"{text.get(code, '')}{_why(code, base, sources, rows, total)}, which fails")
+            for code, bad in problems
+        ],
     )
-    if not bool(torch.cat([bad for _, bad in problems]).any()):
-        return
-    for code, bad in problems:
-        if bool(bad.any()):
-            raise_table(code, int(bad.nonzero()[0]), base, sources, rows, table, total)
+    of = dict(problems)
+    stray = of[_EXAMPLE] | of[_SPAN]
+    lost = torch.stack([of[code] for code in range(_ROW, _WIDTH + 1)]).any(0)
+    rows, table = (x.masked_fill(bad[:, None], 0) for x, bad in ((rows, stray), (table, lost)))
+    return base, sources, rows, table, factors, total
 
 
 def raise_table(
     code: int, at: int, base: Tensor, sources: Tensor, rows: Tensor, table: Tensor, total: int
 ) -> None:
     """Raise ArgumentError for what `code` says of row `at`, or of table entry `at`."""
-    (b, t, w), (S, w_s), n = base.shape, sources.shape, rows.shape[0]
     if code == _TOTAL:
         tokens = int((rows[:, 2] - rows[:, 1]).sum())
         msg = f"patch_rows: total must be the sum of stop - start={tokens}, got {total}."
         raise ArgumentError(msg)
+    why = _why(code, base, sources, rows, total)
     if code in (_EXAMPLE, _SPAN):
-        why = (
-            f"example must lie in [0, b={b})"
-            if code == _EXAMPLE
-            else f"0 <= start <= stop <= t={t} must hold"
-        )
         msg = f"patch_rows: row {at} of rows ({', '.join(_ROWS)}) is {rows[at].tolist()}: {why}."
         raise ArgumentError(msg)
     entry = table[at].tolist()
     if code == _POSITION:
         start, stop = rows[entry[0], 1:].tolist()
         why = f"position must lie in the row's [start={start}, stop={stop})"
-    else:
-        why = {
-            _ROW: f"row must lie in [0, n={n})",
-            _COLUMNS: f"0 <= lo <= hi <= w={w} must hold",
-            _OP: "op must be REPLACE=0, ADD=1, ZERO=2 or SCALE=3",
-            _SOURCE: f"source must lie in [0, S={S})",
-            _WIDTH: f"hi - lo must be at most the width w_s={w_s} of the sources",
-        }[code]
     msg = f"patch_rows: entry {at} of table ({', '.join(_TABLE)}) is {entry}: {why}."
     raise ArgumentError(msg)
+
+
+def _why(code: int, base: Tensor, sources: Tensor, rows: Tensor, total: int) -> str:
+    """What must hold and does not, as far as the sizes tell."""
+    (b, t, w), (S, w_s) = base.shape, sources.shape
+    return {
+        _EXAMPLE: f"example must lie in [0, b={b})",
+        _SPAN: f"0 <= start <= stop <= t={t} must hold",
+        _TOTAL: f"total={total} must be the sum of stop - start",
+        _ROW: f"row must lie in [0, n={rows.shape[0]})",
+        _POSITION: "position must lie in the row's [start, stop)",
+        _COLUMNS: f"0 <= lo <= hi <= w={w} must hold",
+        _OP: "op must be REPLACE=0, ADD=1, ZERO=2 or SCALE=3",
+        _SOURCE: f"source must lie in [0, S={S})",
+        _WIDTH: f"hi - lo must be at most the width w_s={w_s} of the sources",
+    }[code]
 
 
 def _fake(
@@ -214,4 +255,5 @@ _patch = Op(
         triton_backend("microtome.kernels.patch_rows:launch", torch.float32),
         Backend("cpu", "microtome.ops.patch_rows:_cpu_patch", _why_not_cpu),
     ],
+    looks=_look,
 )

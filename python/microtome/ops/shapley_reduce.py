@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome._look import Look
 from microtome.errors import ShapeError
 from microtome.ops._registry import Backend, Op, demanded_backend, triton_backend, why_not_common
 
@@ -40,7 +43,8 @@ def shapley_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor,
     Raises:
         ShapeError: the letters above do not agree, or U or A is 0.
         DtypeError, DeviceError: see above; all lie on one device.
-        ArgumentError: a rank lies outside [0, p).
+        ArgumentError: a rank lies outside [0, p). On a GPU a later call raises, and the kernels
+            take the nearest rank that there is.
         BackendError: a demanded backend cannot run these inputs.
 
     Not differentiable. Deterministic: sums run in the order of A and of U, the same bits for any
@@ -78,7 +82,7 @@ def shapley_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor,
     _check.dtype(op, _FLOATS, values=values)
     _check.dtype(op, _check.INDICES, ranks=ranks)
     _check.device(op, values=values, ranks=ranks)
-    if not (torch.compiler.is_compiling() or _checks_itself(values)):
+    if _check.readable(values) and not _checks_itself(values):
         check_ranks(ranks)
     mean, m2 = _reduce(values, ranks, paired)
     return mean, m2
@@ -92,6 +96,18 @@ def _checks_itself(values: Tensor) -> bool:
 def check_ranks(ranks: Tensor) -> None:
     """Raise ArgumentError unless every rank lies in [0, p)."""
     _check.index_range("shapley_reduce", ranks, ranks.shape[3], "p", "ranks")
+
+
+def _look(look: Look, values: Tensor, ranks: Tensor, paired: bool) -> tuple[Any, ...]:
+    """The arguments as they are: the kernels clamp ranks, so that none has to be written again."""
+    p = ranks.shape[3]
+    if look.now:
+        check_ranks(ranks)
+    elif ranks.numel():
+        low, high = torch.aminmax(ranks.flatten(0, 2), dim=1)  # each [S U A]
+        what = f"ranks must lie in [0, p={p}), and do not"
+        look.wrong("ranks", [((low < 0) | (high >= p), what)])
+    return values, ranks, paired
 
 
 def shapley_reduce_reference(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
@@ -169,4 +185,5 @@ _reduce = Op(
         triton_backend("microtome.kernels.shapley_reduce:launch", *_FLOATS),
         Backend("cpu", f"{__name__}:_cpu_reduce", _why_not_cpu),
     ],
+    looks=_look,
 )

@@ -165,6 +165,7 @@ class HookEngine:
                     cut.int().to(x.device),
                     table.int().to(x.device),
                     w.factor.to(x.device, exact),
+                    total=x.shape[0] * x.shape[1],
                 )
                 return new.to(x.dtype)
 

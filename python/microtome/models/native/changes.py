@@ -69,7 +69,9 @@ class Changes:
             return held.flatten(0, 1)[rows.index]
         place = rows.of(len(self.plan.example))[w.row]
         inside = (place >= 0) & (w.position >= rows.start[place]) & (w.position < rows.stop[place])
-        return self.patch(layer, stage, held, rows.cut(), w, place, w.position, inside)
+        return self.patch(
+            layer, stage, held, (rows.cut(), rows.tokens), w, place, w.position, inside
+        )
 
     def write(self, layer: int, stage: str, keys: Tensor, x: Tensor) -> Tensor:
         """[T, w]: live tokens, known by their keys, with their writes; x itself without any."""
@@ -84,25 +86,26 @@ class Changes:
             return x
         whole = torch.tensor([[0, 0, len(x)]], dtype=torch.int32, device=x.device)
         zero = torch.zeros_like(place)
-        return self.patch(layer, stage, x[None], whole, w, zero, place, inside)
+        return self.patch(layer, stage, x[None], (whole, len(x)), w, zero, place, inside)
 
     def patch(
         self,
         layer: int,
         stage: str,
         held: Tensor,
-        cut: Tensor,
+        cut: tuple[Tensor, int],
         w: Writes,
         row: Tensor,
         position: Tensor,
         inside: Tensor,
     ) -> Tensor:
-        """`patch_rows` with those of the writes that lie inside."""
+        """`patch_rows` of rows (and how many tokens they have) with the writes that lie inside."""
         sources = self.plan.sources.get((layer, stage))
         if sources is None:
             sources = held.new_empty(0, held.shape[-1])
         table = torch.stack((row, position, w.lo, w.hi, w.source, w.op), 1)[inside].int()
-        return patch_rows(held, sources, cut, table, w.factor[inside].to(held.dtype))
+        factor, (rows, total) = w.factor[inside].to(held.dtype), cut
+        return patch_rows(held, sources, rows, table, factor, total)
 
     def wants(self, layer: int, stage: str, keys: Tensor) -> Tensor:
         """[T] bool, which of the tokens known by `keys` have a write at this stage."""

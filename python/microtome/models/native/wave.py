@@ -255,6 +255,7 @@ class Wave:
             block.scale,
             block.softcap,
             block.window,
+            total=rows.tokens,
         ).flatten(1)
         keep = self.reading(rows) if last else torch.arange(rows.tokens, device=z.device)
         if last:
