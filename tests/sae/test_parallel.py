@@ -1,4 +1,4 @@
-"""Feature-parallel SAEs on 2 and 3 gloo processes: the cases of tests/sae/ranks, and floors."""
+"""Feature-parallel SAEs on 2, 3 and 4 gloo processes: the cases of tests/sae/ranks."""
 
 import ast
 import json
@@ -14,13 +14,14 @@ from microtome import SAE, TopK, shard
 from microtome.errors import DistributedError
 
 RANKS = Path(__file__).parent / "ranks"
-SIZES = (2, 3)
+ONE_ROW = ("exact", "runs", "lives")
+FILES = {2: (*ONE_ROW, "grid"), 3: ONE_ROW, 4: ("grid",)}
 
 
-def cases() -> list[str]:
+def cases(size: int) -> list[str]:
     """The names in the lists CASES: read, not imported, for only forks of a fresh process run."""
     names = []
-    for file in ("exact", "runs", "lives"):
+    for file in FILES[size]:
         for node in ast.parse((RANKS / f"{file}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CASES":
                 names += ast.unparse(node.value).strip("[]").split(", ")
@@ -31,7 +32,7 @@ def cases() -> list[str]:
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What went wrong, by number of ranks and case; all in one process and its forks."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    command = [sys.executable, "-W", "error", str(RANKS / "group.py"), folder, *map(str, SIZES)]
+    command = [sys.executable, "-W", "error", str(RANKS / "group.py"), folder, *map(str, FILES)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False, env=environment
@@ -39,14 +40,13 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for size in found:
-        unknown = set(found[size]) - set(cases())
+        unknown = set(found[size]) - set(cases(int(size)))
         assert not unknown, "\n".join(found[size][name] for name in unknown)
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", cases())
-def test_on_several_ranks(case, size, wrong):
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size in FILES for case in cases(size)])
+def test_on_several_ranks(size, case, wrong):
     assert case not in wrong[str(size)], wrong[str(size)][case]
 
 

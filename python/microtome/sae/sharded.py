@@ -17,14 +17,15 @@ from microtome.errors import ArgumentError, DistributedError, ShapeError
 from microtome.ops import sparse_decode, topk_encode
 from microtome.sae import saelens_layout
 from microtome.sae.code import SparseCode
-from microtome.sae.exchange import Ranks
+from microtome.sae.exchange import Line
+from microtome.sae.ranks import Ranks
 from microtome.sae.sae import SAE, TopK
 from microtome.sae.sharded_top_k import own_entries, top_k_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DIMENSION = "feature"
+FEATURE, DATA = "feature", "data"
 
 
 def shard(sae: SAE, mesh: DeviceMesh | None = None) -> ShardedSAE:
@@ -33,10 +34,13 @@ def shard(sae: SAE, mesh: DeviceMesh | None = None) -> ShardedSAE:
     Args:
         sae: the same on every rank (built with the same seed, or read from the same file). It is
             not changed, and not needed afterwards.
-        mesh: a DeviceMesh with a dimension "feature", others of size 1; None for one of all ranks.
+        mesh: a DeviceMesh with a dimension "feature", over which the features are shared out, and
+            perhaps one before it, "data": every row of the mesh then holds the whole SAE, and
+            training shares each batch out to the rows. None for one row of all ranks.
 
     Returns:
-        A ShardedSAE: rank r holds features r * c to (r + 1) * c with c = f / ranks, rounded up.
+        A ShardedSAE: rank r of a row holds features r * c to (r + 1) * c with c = f / ranks of a
+        row, rounded up.
 
     Raises:
         ArgumentError: not an SAE, or a mesh that does not fit.
@@ -55,18 +59,18 @@ def shard(sae: SAE, mesh: DeviceMesh | None = None) -> ShardedSAE:
         from torch.distributed.device_mesh import init_device_mesh
 
         kind, size = sae.W_enc.device.type, dist.get_world_size()
-        mesh = init_device_mesh(kind, (size,), mesh_dim_names=(DIMENSION,))
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=(FEATURE,))
     names = mesh.mesh_dim_names or ()
-    if DIMENSION not in names:
-        msg = f"shard: the mesh must have a dimension {DIMENSION!r}, has {list(names)}. Make it "
-        msg += 'with init_device_mesh("cpu", (2,), mesh_dim_names=("feature",)).'
+    if names not in ((FEATURE,), (DATA, FEATURE)):
+        msg = "shard: the mesh must have the dimensions ('feature',) or ('data', 'feature'), has "
+        msg += f'{names}. Make it with init_device_mesh("cpu", (2,), '
+        msg += 'mesh_dim_names=("feature",)).'
         raise ArgumentError(msg)
-    others = {n: mesh.size(i) for i, n in enumerate(names) if n != DIMENSION and mesh.size(i) > 1}
-    if others:
-        listed = ", ".join(f"{name!r} of size {size}" for name, size in others.items())
-        msg = f"shard: only {DIMENSION!r} may be larger than 1, the mesh has {listed}."
+    members = mesh.mesh.flatten().tolist()
+    if members != sorted(members):
+        msg = f"shard: the mesh's ranks must ascend, are {members}."
         raise ArgumentError(msg)
-    size, f = mesh.size(names.index(DIMENSION)), sae.n_features
+    size, f = mesh.size(names.index(FEATURE)), sae.n_features
     each = -(-f // size)
     if each * (size - 1) >= f:
         most = -(-f // each)
@@ -120,7 +124,7 @@ class ShardedSAE(nn.Module):
         self.d_model, self.n_features = sae.d_model, sae.n_features
         self.activation, self.center = sae.activation, sae.center
         self.mesh = mesh
-        self.ranks = Ranks(mesh.get_group(DIMENSION), sae.W_enc.device)
+        self.ranks = _ranks_of(mesh, sae.W_enc.device)
         f, d, size = sae.n_features, sae.d_model, self.ranks.size
         each = -(-f // size)
         self.counts = [min(f, (r + 1) * each) - r * each for r in range(size)]
@@ -136,7 +140,7 @@ class ShardedSAE(nn.Module):
             own = getattr(mine, name)
             own.copy_(whole.detach() if name == "b_dec" else whole.detach()[rows])
             kind = Replicate() if name == "b_dec" else Shard(0)
-            placements = [kind if dim == DIMENSION else Replicate() for dim in names]
+            placements = [kind if dim == FEATURE else Replicate() for dim in names]
             spread = DTensor.from_local(
                 own.detach(), mesh, placements, run_check=False,
                 shape=whole.shape, stride=(d, 1) if whole.dim() == 2 else (1,),
@@ -167,9 +171,8 @@ class ShardedSAE(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         own = f"features {self.features.start} to {self.features.stop - 1} on rank "
-        return f"d_model={self.d_model}, n_features={self.n_features}, {self.activation}, {own}" + (
-            f"{self.ranks.rank} of {self.ranks.size}"
-        )
+        whole = f"d_model={self.d_model}, n_features={self.n_features}, {self.activation}"
+        return f"{whole}, {own}{self.ranks.rank} of {self.ranks.size}"
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCode:
@@ -233,7 +236,9 @@ class ShardedSAE(nn.Module):
         values = values.to(self.local.W_dec.dtype)
         values, indices = own_entries(values, indices, self.features)
         block = self.decoded_rows(values, indices) + self.local.b_dec
-        out = self.ranks.all_rows(block, len(values))
+        n = len(values)
+        _, (blocks,) = self.ranks.gather(self.ranks.features.padded(block, n))
+        out = self.ranks.features.joined(blocks, n)
         return out.reshape(*code.shape[:-1], self.d_model)
 
     def decoded_rows(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -242,7 +247,7 @@ class ShardedSAE(nn.Module):
         partial = self.ranks.attempt(
             lambda: sparse_decode(values, indices, W_dec), lambda: W_dec.new_zeros(n, self.d_model)
         )
-        return self.ranks.sum_rows(partial)
+        return self.ranks.features.sum_rows(partial)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x, [..., d]."""
@@ -257,7 +262,9 @@ class ShardedSAE(nn.Module):
     def collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """W_enc, b_enc, W_dec, b_dec whole on the first rank, None on the others."""
         W_enc, b_enc, W_dec, b_dec = self.parameters_in_order
-        whole = [self.ranks.collect(t, self.counts) for t in (W_enc, b_enc, W_dec)]
+        if not self.ranks.in_first_row:
+            return None
+        whole = [self.ranks.features.collect(t, self.counts) for t in (W_enc, b_enc, W_dec)]
         if whole[0] is None or whole[1] is None or whole[2] is None:
             return None
         return whole[0], whole[1], whole[2], b_dec
@@ -282,7 +289,7 @@ class ShardedSAE(nn.Module):
             raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(memoryview(raw.numpy()))
         mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-        _, (all_,) = self.ranks.gather(mine.to(self.ranks.device))
+        (all_,) = self.ranks.everyone.gather(mine.to(self.ranks.device))
         differ = (all_ != all_[0]).any(1).nonzero().flatten().tolist()
         if differ:
             msg = f"shard: the SAE of rank {differ[0]} is not that of rank 0. Build it with the "
@@ -295,6 +302,21 @@ class ShardedSAE(nn.Module):
 
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def _ranks_of(mesh: DeviceMesh, device: torch.device) -> Ranks:
+    """The lines of a mesh that `shard` has let pass."""
+    features = Line(mesh.get_group(FEATURE))
+    if mesh.ndim == 1:
+        return Ranks(features, None, features, device)
+    members = mesh.mesh.flatten().tolist()
+    everyone = (
+        dist.group.WORLD
+        if len(members) == dist.get_world_size()
+        else dist.new_group(members, use_local_synchronization=True)
+    )
+    assert everyone is not None  # there is a process group
+    return Ranks(features, Line(mesh.get_group(DATA)), Line(everyone), device)
 
 
 def fingerprint(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from shared import D, F, mine_of, moved, refuses, rows, same
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from microtome import SAE, TopK, TrainConfig, cli, shard, train
 from microtome.errors import (
@@ -231,11 +231,10 @@ def what_does_not_fit_is_refused_by_every_rank(rank, size, folder):
     refuses(ArgumentError, "got DistributedDataParallel. Training forms no gradients that a wrapper"
             " could reduce: pass shard(sae.module)", lambda: training(wrapped, None))  # fmt: skip
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("data",))
-    refuses(ArgumentError, "shard: the mesh must have a dimension 'feature', has ['data'].",
-            lambda: shard(sae, mesh))  # fmt: skip
-    both = init_device_mesh("cpu", (size, 1), mesh_dim_names=("data", "feature"))
-    refuses(ArgumentError, "only 'feature' may be larger than 1, the mesh has 'data' of size "
-            f"{size}.", lambda: shard(sae, both))  # fmt: skip
+    refuses(ArgumentError, "shard: the mesh must have the dimensions ('feature',) or ('data', "
+            "'feature'), has ('data',).", lambda: shard(sae, mesh))  # fmt: skip
+    turned = DeviceMesh("cpu", list(range(size))[::-1], mesh_dim_names=("feature",))
+    refuses(ArgumentError, "shard: the mesh's ranks must ascend, are [", lambda: shard(sae, turned))
     few = SAE(D, size - 1, TopK(1))
     refuses(DistributedError, f"shard: f={size - 1} features over {size} ranks, 1 each, leave some "
             f"without any. Use at most {size - 1} ranks", lambda: shard(few))  # fmt: skip
