@@ -202,3 +202,19 @@ def _unpacked(row: Tensor) -> tuple[type[MicrotomeError], bool, str] | None:
     found: Any = getattr(errors, kind, None)
     known = isinstance(found, type) and issubclass(found, MicrotomeError)
     return found if known else DistributedError, bool(late), message
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """A float64 made of all bits of x, whatever the order in which they are added up."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    total = x.contiguous().view(words).sum(dtype=torch.int64)
+    return total.remainder(2**52).double()
+
+
+def same_rows(op: str, seen: list[float]) -> None:
+    """Raise unless all ranks were given the same rows."""
+    for rank, one in enumerate(seen):
+        if one != seen[0]:
+            msg = f"{op}: rank {rank} was given other rows than rank 0. Every rank reads every "
+            msg += "batch: use the same activations and seed."
+            raise DistributedError(msg)

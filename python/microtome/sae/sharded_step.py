@@ -13,7 +13,8 @@ from microtome.ops import Screen, sae_update, topk_encode
 from microtome.ops.sae_update import Code, UpdateRule, moments_for
 from microtome.sae.config import TrainConfig
 from microtome.sae.loss import Losses, aux_share, check_finite, variance_of, variance_sums
-from microtome.sae.sharded import ShardedSAE, fingerprint, same_rows
+from microtome.sae.ranks import fingerprint, same_rows
+from microtome.sae.sharded import ShardedSAE
 from microtome.sae.sharded_top_k import own_entries, top_k_of_ranks
 from microtome.sae.step import MOMENTS
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from shared import D, F, mine_of, moved, refuses, rows, same
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from microtome import SAE, TopK, TrainConfig, cli, shard, train
+from microtome import SAE, TopK, TrainConfig, cli, evaluate, shard, train
 from microtome.errors import (
     ArgumentError,
     CheckpointError,
@@ -23,7 +23,8 @@ from microtome.errors import (
     StoreError,
 )
 from microtome.models import ActivationStore
-from microtome.sae import InMemory, files
+from microtome.sae import InMemory, files, sharded_step
+from microtome.sae.log import JsonLines
 from microtome.sae.sharded_step import ShardedStep
 
 SETTINGS = {"steps": 12, "batch_size": 20, "lr": 5e-3, "log_every": 1, "dead_after_tokens": 60}
@@ -41,6 +42,17 @@ class Trips(InMemory):
         batches = super().batches(batch_size, seed=seed, start=start)
         for number, batch in enumerate(batches, start):
             yield self.what(batch) if number == 6 else batch
+
+
+class Unreadable(InMemory):
+    """Activations that something happens to when they are read."""
+
+    def __init__(self, what) -> None:
+        super().__init__(DATA)
+        self.what = what
+
+    def rows(self, index):
+        return self.what(super().rows(index))
 
 
 def training(ours, out: Path | None, source=DATA, **changes):
@@ -155,6 +167,21 @@ def an_error_of_one_rank_ends_all_with_the_same_message(rank, size, folder):
         else (DistributedError, f"rank {last}: ZeroDivisionError: division by zero")
     )
     refuses(kind, said, lambda: training(ours, None, Trips(odd)))
+    refuses(kind, said, lambda: evaluate(ours, Unreadable(odd)))
+
+    def broken(*_, **__):
+        return 1 / 0
+
+    usual, out = sharded_step.sae_update, folder / "half"
+    step = lambda batch: setattr(sharded_step, "sae_update", broken if rank == last else usual)  # noqa: E731
+    try:  # a rank that is half updated: no checkpoint is made of it
+        refuses(
+            kind, said,
+            lambda: training(ours, out, Trips(lambda x: (step(x), x)[1]), checkpoint_every=7),
+        )  # fmt: skip
+    finally:
+        sharded_step.sae_update = usual
+    assert not list((out / "checkpoints").glob("step_*"))
     with torch.no_grad():
         if rank == last:
             ours.local.W_enc[2, 1] = float("inf")
@@ -186,6 +213,19 @@ def a_full_disk_on_one_rank_ends_all_and_leaves_the_checkpoint_before(rank, size
         assert left == ["step_5"], left
     finally:
         files._open = usual
+    usual = JsonLines.write
+
+    def full_log(self, line):
+        if line["step"] == 8:
+            with files.disk_errors(self.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        usual(self, line)
+
+    JsonLines.write = full_log  # of the first rank, which alone has a log
+    try:
+        refuses(CheckpointError, "rank 0: cannot write ", call)
+    finally:
+        JsonLines.write = usual
     ours = shard(moved(5))
     training(ours, folder / "full")
     same_as_a_whole_run(ours)
