@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from microtome import SAE, TopK, shard
-from microtome.errors import DistributedError
+from microtome.errors import DistributedError, NonFiniteError, OutOfMemoryError, StoreError
+from microtome.sae.ranks import _packed, _unpacked
 
 RANKS = Path(__file__).parent / "ranks"
 ONE_ROW = ("exact", "runs", "lives")
@@ -33,7 +34,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     """What went wrong, by number of ranks and case; all in one process and its forks."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     command = [sys.executable, "-W", "error", str(RANKS / "group.py"), folder, *map(str, FILES)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name may lead nowhere
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False, env=environment
     )
@@ -48,6 +51,24 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
 @pytest.mark.parametrize(("size", "case"), [(size, case) for size in FILES for case in cases(size)])
 def test_on_several_ranks(size, case, wrong):
     assert case not in wrong[str(size)], wrong[str(size)][case]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (StoreError("half\na file"), StoreError, "half\na file"),
+        (NonFiniteError(), NonFiniteError, ""),
+        (OutOfMemoryError("3 GB"), OutOfMemoryError, "3 GB"),
+        (KeyError("k"), DistributedError, "KeyError: 'k'"),
+        (StoreError("é" * 5000), StoreError, None),
+    ],
+)
+def test_an_error_goes_from_rank_to_rank_as_bytes(error, kind, message):
+    error.late = isinstance(error, StoreError)
+    found, late, said = _unpacked(_packed(error))
+    assert (found, late) == (kind, error.late)
+    assert said == message or (message is None and said.startswith("é" * 1000))
+    assert _unpacked(_packed(None)) is None
 
 
 def test_without_a_process_group_sharding_is_refused():

@@ -14,7 +14,7 @@ from microtome.errors import DistributedError, MicrotomeError
 from microtome.sae.exchange import Line
 
 T = TypeVar("T")
-_TEXT = 2048  # bytes of an error's message
+_TEXT, _END = 2048, b"\1"  # bytes of an error's message, and its last one
 
 
 class Alone:
@@ -189,7 +189,7 @@ def _packed(error: Exception | None) -> Tensor:
         kind = type(error).__name__ if known else DistributedError.__name__
         message = str(error) if known else f"{type(error).__name__}: {error}"
         late = "late" if getattr(error, "late", False) else ""
-        raw = "\0".join((kind, late, message)).encode()[:_TEXT]
+        raw = "\0".join((kind, late, message)).encode()[: _TEXT - 1] + _END
         out[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return out
 
@@ -198,7 +198,7 @@ def _unpacked(row: Tensor) -> tuple[type[MicrotomeError], bool, str] | None:
     raw = bytes(row.tolist()).rstrip(b"\0")
     if not raw:
         return None
-    kind, late, message = raw.decode(errors="replace").split("\0", 2)
+    kind, late, message = raw.removesuffix(_END).decode(errors="replace").split("\0", 2)
     found: Any = getattr(errors, kind, None)
     known = isinstance(found, type) and issubclass(found, MicrotomeError)
     return found if known else DistributedError, bool(late), message

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -303,14 +304,16 @@ def _cli(rank, size, folder):
         kind = {"site": "resid_pre.0", "model_name": "toy", "d": D, "context_length": 8}
         with ActivationStore.write(store, **kind) as writer:
             writer.add(rows(3, 400), torch.zeros(400, dtype=torch.int64))
-    dist.barrier()
-    dist.destroy_process_group()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = torch.tensor([free.getsockname()[1]])
+        dist.broadcast(port, 0)
+        dist.destroy_process_group()
     out = folder / "cli"
     words = ["train", "--store", str(store), "--out", str(out), "--features", "51", "--k", "4"]
     words += ["--steps", "5", "--batch-size", "32"]
-    port = 20000 + (os.getppid() * 7 + size) % 20000
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(int(port)))  # fmt: skip
     log = folder / f"said-{rank}"
     with log.open("w") as said:
         stdout, sys.stdout = sys.stdout, said
