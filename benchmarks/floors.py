@@ -235,37 +235,46 @@ def step_ms(needs: list[Need], limits: Mapping[str, float]) -> float:
     return sum(need.ms(limits) for need in needs)
 
 
-def exchange_bytes(n: int, d: int, k: int, ranks: int, k_aux: int = 0) -> dict[str, int]:
+def exchange_bytes(
+    n: int, d: int, k: int, ranks: int, k_aux: int = 0, rows: int = 1
+) -> dict[str, int]:
     """Bytes that a rank of a feature-parallel step receives from the others, in float32.
 
     No time follows from them: that is a matter of the link between the ranks.
 
     Args:
-        n: rows; every rank reads them all.
+        n: rows of the batch; every rank reads them all.
         d: model width.
         k: active, of all ranks together.
         ranks: how many hold the features.
         k_aux: active in AuxK, while latents are dead.
+        rows: how many such rows of ranks share the batch out.
 
     Returns:
         "encode": values and indices of the first 2 k / ranks + 1 candidates of every other rank;
         "encode whole": of all k, for rows that take the second round, too; "decode": the other
-        ranks' parts of this rank's rows, then the rows of the others; "b_dec": their parts of its
-        gradient, in float64; "step": encode, decode twice where there is AuxK, b_dec. A dense
-        gradient would be 2 f d numbers.
+        ranks' parts of this rank's rows, then the rows of the others; "data": from the other rows
+        of ranks the gradients of the reconstruction, and value, index and gradient of the entries
+        of this rank's features, k / ranks a row if they are spread evenly; "b_dec": the parts of
+        its gradient, in float64; "step": encode, decode and data, twice where there is AuxK, and
+        b_dec. A dense gradient would be 2 f d numbers.
     """
-    others = ranks - 1
+    others, here = ranks - 1, -(-n // rows)
 
     def candidates(active: int) -> int:
-        return 8 * n * others * min(active, 2 * active // ranks + 1)
+        return 8 * here * others * min(active, 2 * active // ranks + 1)
 
-    decode = 2 * 4 * -(-n // ranks) * d * others
+    def codes(active: int) -> int:
+        return 4 * here * (rows - 1) * (d + 3 * -(-active // ranks))
+
+    decode = 2 * 4 * -(-here // ranks) * d * others
     encode, b_dec = candidates(k), 8 * d * others
-    aux = candidates(k_aux) + decode if k_aux else 0
+    aux = candidates(k_aux) + decode + codes(k_aux) if k_aux else 0
     return {
         "encode": encode,
-        "encode whole": 8 * n * others * k,
+        "encode whole": 8 * here * others * k,
         "decode": decode,
+        "data": codes(k),
         "b_dec": b_dec,
-        "step": encode + decode + b_dec + aux,
+        "step": encode + decode + codes(k) + b_dec + aux,
     }

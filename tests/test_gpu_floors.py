@@ -154,5 +154,8 @@ def test_the_bytes_that_ranks_exchange_are_candidates_and_rows():
     assert bytes_["step"] == 1200 + 432 + 3 * 6 * 8
     assert exchange_bytes(10, 6, 8, 4, k_aux=2)["step"] == 1776 + 3 * 10 * 2 * 8 + 432
     assert set(exchange_bytes(10, 6, 8, 1, k_aux=2).values()) == {0}
+    # two rows of ranks: each encodes 5 rows, and gets d + 3 * 2 numbers of each of the other 5
+    assert exchange_bytes(10, 6, 8, 4, rows=2)["data"] == 5 * (6 + 3 * 2) * 4
+    assert exchange_bytes(10, 6, 8, 4, rows=2)["encode"] == 600
     # 70 MB, where the dense gradients of f = 65536 are 1.2 GB
     assert exchange_bytes(4096, 2304, 64, 8)["step"] * 17 < 4 * 2 * 65536 * 2304

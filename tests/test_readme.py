@@ -3,6 +3,7 @@
 import re
 import shlex
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def test_the_python_of_the_docs_runs(page, tmp_path, monkeypatch):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
+        if sys.platform == "linux":
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name may lead nowhere
         alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in alone.items():
             monkeypatch.setenv(name, value)

@@ -224,7 +224,7 @@ def _add_train(commands: Any) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from microtome.models import ActivationStore
     from microtome.sae import SAE, TopK, TrainConfig, train
-    from microtome.sae.sharded import torchrun
+    from microtome.sae.sharding import torchrun
 
     if arguments.steps is not None and arguments.tokens is not None:
         msg = (

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from microtome import _check
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
-from microtome.sae.exchange import ALONE
+from microtome.sae.ranks import ALONE
 from microtome.sae.sae import SAE
 from microtome.sae.sharded import ShardedSAE
 from microtome.sae.source import ActivationSource, as_source

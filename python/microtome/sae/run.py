@@ -14,9 +14,9 @@ from microtome import __version__
 from microtome.errors import CheckpointError
 from microtome.sae import checkpoint, files, sharded_checkpoint
 from microtome.sae.config import TrainConfig
-from microtome.sae.exchange import ALONE
 from microtome.sae.log import JsonLines, Sink, extra_sinks, logged
 from microtome.sae.loss import Losses
+from microtome.sae.ranks import ALONE
 from microtome.sae.sae import SAE
 from microtome.sae.sharded import ShardedSAE
 from microtome.sae.source import ActivationSource
@@ -94,7 +94,7 @@ class Run:
                 _check_same(out, _identity(self.sae, self.stepper, source, self.config))
         with self.ranks.together():
             if not (out / "config.json").exists():
-                msg = f"train: {out} is not there for rank {self.ranks.rank}: all ranks must see "
+                msg = f"train: {out} is not there for rank {self.ranks.number}: all ranks must see "
                 msg += "the same folder. Choose an out= on a file system that they share."
                 raise CheckpointError(msg)
         checkpoints = out / "checkpoints"

@@ -2,94 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from microtome.errors import ArgumentError, DistributedError, ShapeError
+from microtome.errors import ArgumentError, ShapeError
 from microtome.ops import sparse_decode, topk_encode
 from microtome.sae import saelens_layout
 from microtome.sae.code import SparseCode
-from microtome.sae.exchange import Ranks
+from microtome.sae.ranks import Ranks, fingerprint, same_rows
 from microtome.sae.sae import SAE, TopK
 from microtome.sae.sharded_top_k import own_entries, top_k_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DIMENSION = "feature"
-
-
-def shard(sae: SAE, mesh: DeviceMesh | None = None) -> ShardedSAE:
-    """Share an SAE's features out to the ranks of a device mesh.
-
-    Args:
-        sae: the same on every rank (built with the same seed, or read from the same file). It is
-            not changed, and not needed afterwards.
-        mesh: a DeviceMesh with a dimension "feature", others of size 1; None for one of all ranks.
-
-    Returns:
-        A ShardedSAE: rank r holds features r * c to (r + 1) * c with c = f / ranks, rounded up.
-
-    Raises:
-        ArgumentError: not an SAE, or a mesh that does not fit.
-        DistributedError: no process group, too few features, or another SAE on another rank.
-    """
-    if not isinstance(sae, SAE):
-        msg = f"shard: sae must be an SAE, got {type(sae).__name__}."
-        if hasattr(sae, "module"):
-            msg += " Its wrapper would wait for gradients that training never forms: pass .module."
-        raise ArgumentError(msg)
-    if not (dist.is_available() and dist.is_initialized()):
-        msg = "shard: there is no process group. Start the program with torchrun and call "
-        msg += "torch.distributed.init_process_group() first, or train the SAE itself."
-        raise DistributedError(msg)
-    if mesh is None:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        kind, size = sae.W_enc.device.type, dist.get_world_size()
-        mesh = init_device_mesh(kind, (size,), mesh_dim_names=(DIMENSION,))
-    names = mesh.mesh_dim_names or ()
-    if DIMENSION not in names:
-        msg = f"shard: the mesh must have a dimension {DIMENSION!r}, has {list(names)}. Make it "
-        msg += 'with init_device_mesh("cpu", (2,), mesh_dim_names=("feature",)).'
-        raise ArgumentError(msg)
-    others = {n: mesh.size(i) for i, n in enumerate(names) if n != DIMENSION and mesh.size(i) > 1}
-    if others:
-        listed = ", ".join(f"{name!r} of size {size}" for name, size in others.items())
-        msg = f"shard: only {DIMENSION!r} may be larger than 1, the mesh has {listed}."
-        raise ArgumentError(msg)
-    size, f = mesh.size(names.index(DIMENSION)), sae.n_features
-    each = -(-f // size)
-    if each * (size - 1) >= f:
-        most = -(-f // each)
-        msg = f"shard: f={f} features over {size} ranks, {each} each, leave some without any. Use "
-        msg += f"at most {most} ranks or more features."
-        raise DistributedError(msg)
-    return ShardedSAE(sae, mesh)
-
-
-@contextmanager
-def torchrun(sae: SAE) -> Iterator[SAE | ShardedSAE]:
-    """The SAE shared out to the processes that torchrun started, where it did; else the SAE.
-
-    Opens the process group for the block, by gloo on a CPU and NCCL on a GPU.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield sae
-        return
-    dist.init_process_group("nccl" if sae.W_enc.is_cuda else "gloo")
-    try:
-        yield shard(sae)
-    finally:
-        dist.destroy_process_group()
+FEATURE = "feature"
 
 
 class ShardedSAE(nn.Module):
@@ -113,20 +44,18 @@ class ShardedSAE(nn.Module):
     before `shard`.
     """
 
-    def __init__(self, sae: SAE, mesh: DeviceMesh) -> None:
+    def __init__(self, sae: SAE, mesh: DeviceMesh, ranks: Ranks) -> None:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         super().__init__()
         self.d_model, self.n_features = sae.d_model, sae.n_features
         self.activation, self.center = sae.activation, sae.center
-        self.mesh = mesh
-        self.ranks = Ranks(mesh.get_group(DIMENSION), sae.W_enc.device)
+        self.mesh, self.ranks = mesh, ranks
         f, d, size = sae.n_features, sae.d_model, self.ranks.size
         each = -(-f // size)
         self.counts = [min(f, (r + 1) * each) - r * each for r in range(size)]
         first = self.ranks.rank * each
         self.features = range(first, first + self.counts[self.ranks.rank])
-        self._check_same(sae)
 
         mine = SAE(d, len(self.features), TopK(self.k_of(self.ranks.rank)), center=sae.center,
                    seed=None).to(sae.W_enc.device, sae.W_enc.dtype)  # fmt: skip
@@ -136,7 +65,7 @@ class ShardedSAE(nn.Module):
             own = getattr(mine, name)
             own.copy_(whole.detach() if name == "b_dec" else whole.detach()[rows])
             kind = Replicate() if name == "b_dec" else Shard(0)
-            placements = [kind if dim == DIMENSION else Replicate() for dim in names]
+            placements = [kind if dim == FEATURE else Replicate() for dim in names]
             spread = DTensor.from_local(
                 own.detach(), mesh, placements, run_check=False,
                 shape=whole.shape, stride=(d, 1) if whole.dim() == 2 else (1,),
@@ -167,9 +96,8 @@ class ShardedSAE(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         own = f"features {self.features.start} to {self.features.stop - 1} on rank "
-        return f"d_model={self.d_model}, n_features={self.n_features}, {self.activation}, {own}" + (
-            f"{self.ranks.rank} of {self.ranks.size}"
-        )
+        whole = f"d_model={self.d_model}, n_features={self.n_features}, {self.activation}"
+        return f"{whole}, {own}{self.ranks.rank} of {self.ranks.size}"
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCode:
@@ -233,7 +161,9 @@ class ShardedSAE(nn.Module):
         values = values.to(self.local.W_dec.dtype)
         values, indices = own_entries(values, indices, self.features)
         block = self.decoded_rows(values, indices) + self.local.b_dec
-        out = self.ranks.all_rows(block, len(values))
+        n = len(values)
+        _, (blocks,) = self.ranks.gather(self.ranks.features.padded(block, n))
+        out = self.ranks.features.joined(blocks, n)
         return out.reshape(*code.shape[:-1], self.d_model)
 
     def decoded_rows(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -242,7 +172,7 @@ class ShardedSAE(nn.Module):
         partial = self.ranks.attempt(
             lambda: sparse_decode(values, indices, W_dec), lambda: W_dec.new_zeros(n, self.d_model)
         )
-        return self.ranks.sum_rows(partial)
+        return self.ranks.features.sum_rows(partial)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x, [..., d]."""
@@ -257,7 +187,9 @@ class ShardedSAE(nn.Module):
     def collect(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """W_enc, b_enc, W_dec, b_dec whole on the first rank, None on the others."""
         W_enc, b_enc, W_dec, b_dec = self.parameters_in_order
-        whole = [self.ranks.collect(t, self.counts) for t in (W_enc, b_enc, W_dec)]
+        if not self.ranks.in_first_row:
+            return None
+        whole = [self.ranks.features.collect(t, self.counts) for t in (W_enc, b_enc, W_dec)]
         if whole[0] is None or whole[1] is None or whole[2] is None:
             return None
         return whole[0], whole[1], whole[2], b_dec
@@ -275,39 +207,9 @@ class ShardedSAE(nn.Module):
                 k = self.activation.k
                 saelens_layout.write(Path(path), whole, k, self.center, dict(metadata or {}))
 
-    def _check_same(self, sae: SAE) -> None:
-        """Raise unless the ranks were given the same SAE."""
-        digest = hashlib.sha256(repr((sae, sae.W_enc.dtype)).encode())
-        for parameter in sae.parameters_in_order:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(raw.numpy()))
-        mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-        _, (all_,) = self.ranks.gather(mine.to(self.ranks.device))
-        differ = (all_ != all_[0]).any(1).nonzero().flatten().tolist()
-        if differ:
-            msg = f"shard: the SAE of rank {differ[0]} is not that of rank 0. Build it with the "
-            msg += "same arguments and seed on every rank, or read it from the same file."
-            raise DistributedError(msg)
-
     def _apply(self, *args: Any, **kwargs: Any) -> ShardedSAE:
         msg = "ShardedSAE: cannot be moved or cast; do that to the SAE before shard()."
         raise ArgumentError(msg)
 
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-
-
-def fingerprint(x: Tensor) -> Tensor:
-    """A float64 made of all bits of x, whatever the order in which they are added up."""
-    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
-    total = x.contiguous().view(words).sum(dtype=torch.int64)
-    return total.remainder(2**52).double()
-
-
-def same_rows(op: str, seen: list[float]) -> None:
-    """Raise unless all ranks were given the same rows."""
-    for rank, one in enumerate(seen):
-        if one != seen[0]:
-            msg = f"{op}: rank {rank} was given other rows than rank 0. Every rank reads every "
-            msg += "batch: use the same activations and seed."
-            raise DistributedError(msg)

@@ -54,13 +54,11 @@ def save(
                 if aside.exists():
                     shutil.rmtree(aside)
                 files.make_folder(aside)
-        mine = ranks.attempt(
-            lambda: torch.frombuffer(
-                bytearray.fromhex(_write_shard(aside, sae, tensors)), dtype=torch.uint8
-            ).to(ranks.device),
-            lambda: torch.zeros(32, dtype=torch.uint8, device=ranks.device),
-        )
-        _, (digests,) = ranks.gather(mine)
+        digest = "00" * 32
+        if ranks.in_first_row:  # the others hold the same
+            digest = ranks.attempt(lambda: _write_shard(aside, sae, tensors), lambda: digest)
+        mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+        _, (digests,) = ranks.gather(mine.to(ranks.device))
         with ranks.together():
             if ranks.first:
                 hashes = {_name(r): bytes(row.tolist()).hex() for r, row in enumerate(digests)}
@@ -69,8 +67,9 @@ def save(
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    if ranks.first:
-        remove_old(folder, keep)
+    with ranks.hold():
+        if ranks.first:
+            remove_old(folder, keep)
     return final
 
 
@@ -86,7 +85,7 @@ def _write_shard(aside: Path, sae: ShardedSAE, tensors: dict[str, Tensor]) -> st
             msg += f"{aside.parent}."
             raise NonFiniteError(msg)
     held = {**named, **tensors}
-    if not sae.ranks.first:
+    if sae.ranks.rank:
         held = {name: tensor for name, tensor in held.items() if name not in WHOLE}
     return files.write_safetensors(aside / _name(sae.ranks.rank), held)
 

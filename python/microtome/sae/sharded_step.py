@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome import _check
 from microtome.ops import Screen, sae_update, topk_encode
 from microtome.ops.sae_update import Code, UpdateRule, moments_for
 from microtome.sae.config import TrainConfig
 from microtome.sae.loss import Losses, aux_share, check_finite, variance_of, variance_sums
-from microtome.sae.sharded import ShardedSAE, fingerprint, same_rows
+from microtome.sae.ranks import fingerprint, same_rows
+from microtome.sae.sharded import ShardedSAE
 from microtome.sae.sharded_top_k import own_entries, top_k_of_ranks
 from microtome.sae.step import MOMENTS
 
@@ -45,9 +47,11 @@ class ShardedStep:
     3. The gradient of the values, both weight gradients and the optimizer need nothing more: each
        rank updates its shard. Of b_dec's gradient every rank sends its part, summed in rank order.
 
-    AuxK is the same over again for the dead latents of all ranks. The losses are the same numbers
-    on every rank. The random bits that round bfloat16 or int8 moments hash the row within the
-    shard: with such moments the bits depend on the number of ranks.
+    AuxK is the same over again for the dead latents of all ranks. On a mesh with a dimension "data"
+    each row of ranks does 1 and 2 for its part of the batch; then the rows' entries and gradients
+    go to all, and every row takes step 3 alike, with the bits of one row. The losses are the
+    same numbers on every rank. The random bits that round bfloat16 or int8 moments hash the
+    row within the shard: with such moments the bits depend on the number of ranks of a row.
 
     Args:
         sae: updated in place.
@@ -87,27 +91,27 @@ class ShardedStep:
         b_dec = sae.local.b_dec
         centred = x - b_dec if sae.center else x
         dead = self.since_fired >= config.dead_after_tokens
+        here, rows = self._rows(n)
+        if ranks.rows is not None:  # the encoder would count rows from here.start
+            with ranks.hold():
+                _check.finite_rows("train", "x", x)
         numbers = torch.stack([t.double() for t in (fingerprint(x), *variance_sums(x), dead.sum())])
-        values, indices, heads = sae.top_k(centred, None, numbers)
+        values, indices, heads = sae.top_k(centred[here], None, numbers)
         same_rows("train", [head[0] for head in heads])
         _, variance, energy, _ = heads[0]
         scale = 1.0 / variance_of(variance, energy, x.dtype)
         values = values.relu()
-        l0 = int((values > 0).sum()) / max(1, n)
-
         own = own_entries(values, indices, sae.features)
-        rows = ranks.rows_of(n)
-        residual = b_dec - x[rows]
-        code, sse = self._code(own, residual, n, scale)
+        code, sse = self._code(own, b_dec - x[rows], n, scale)
         loss = fvu = float(sse.sum()) * scale
         with ranks.hold():
             check_finite(loss, sse)
 
         aux, auxk = None, 0.0
-        n_dead = [int(head[3]) for head in heads]
+        n_dead = [int(head[3]) for head in heads[: ranks.size]]  # the other rows hold the same
         k, weight = aux_share(sum(n_dead), sae.d_model, config)
         if weight:
-            found = self._aux_entries(centred, dead, n_dead, k)
+            found = self._aux_entries(centred[here], dead, n_dead, k)
             residual = code.grad_out[rows] * 0.5  # x_hat - x: e_hat is to be its negative
             aux, sse = self._code(found, residual, n, scale * weight)
             auxk = float(sse.sum()) * scale
@@ -116,9 +120,12 @@ class ShardedStep:
                 check_finite(loss, sse)
 
         fired = torch.zeros(len(dead) + 1, dtype=torch.bool, device=x.device)  # the last: none
-        fired[torch.where(own[0] > 0, own[1], len(dead)).long()] = True
+        fired[torch.where(code.values > 0, code.indices, len(dead)).long()] = True
         dead = (self.since_fired + n).masked_fill(fired[:-1], 0) >= config.dead_after_tokens
-        gradient, n_dead_now = self._b_dec_gradient(code, aux, rows, dead.sum())
+        counts = torch.stack([dead.sum(), (values > 0).sum()])
+        gradient, heads = self._b_dec_gradient(code, aux, counts)
+        n_dead_now = sum(int(head[0]) for head in heads[: ranks.size])
+        l0 = sum(int(head[1]) for head in heads[:: ranks.size]) / max(1, n)
         # Every rank has come this far, or none goes on. What follows talks to nobody.
         lr = self.base_lr * factor
         self._update(code, aux, centred, gradient, lr, step)
@@ -126,23 +133,43 @@ class ShardedStep:
         self.since_fired.masked_fill_(fired[:-1], 0)
         return ShardedLosses(fvu, auxk, loss, l0, dead, lr, n_dead_now, sae.n_features)
 
+    def _rows(self, n: int) -> tuple[slice, slice]:
+        """The rows of a batch that this row of ranks encodes, and those that this rank adds up."""
+        ranks = self.sae.ranks
+        here = ranks.rows.rows_of(n) if ranks.rows is not None else slice(0, n)
+        mine = ranks.features.rows_of(here.stop - here.start)
+        return here, slice(here.start + mine.start, here.start + mine.stop)
+
     def _code(
         self, own: tuple[Tensor, Tensor], residual: Tensor, n: int, scale: float
     ) -> tuple[Code, Tensor]:
-        """This rank's entries with their gradients, and the squared error of every row.
+        """The entries of this rank's features with their gradients, and every row's squared error.
 
-        `residual` is what the decoded entries are added to, for this rank's rows.
+        Args:
+            own: the entries in the rows that this row of ranks encodes.
+            residual: what their sum over the ranks is added to, for this rank's rows.
+            n: rows of the batch.
+            scale: of the code.
         """
         ranks, W_dec = self.sae.ranks, self.sae.local.W_dec
         values, indices = own
-        grad_out = 2 * (self.sae.decoded_rows(values, indices) + residual)
-        grad_out = ranks.all_rows(grad_out, n, read=False).contiguous()
-        sse = (grad_out * 0.5).square().sum(1)
+        block = 2 * (self.sae.decoded_rows(values, indices) + residual)
+        (grad_out,) = ranks.features.all_rows(len(values), block)
         grad_values = ranks.attempt(
             lambda: torch.ops.microtome.sparse_decode_grad_values(grad_out, indices, W_dec),
             lambda: torch.zeros_like(values),
         )
         grad_values = grad_values.masked_fill(values == 0, 0.0)
+        if ranks.rows is not None:
+            widths = ranks.rows.gather(indices.new_tensor([values.shape[1]]))[0]
+            more = (0, int(widths.max()) - values.shape[1])
+            values, indices, grad_values = (
+                torch.nn.functional.pad(t, more) for t in (values, indices, grad_values)
+            )
+            values, indices, grad_values, grad_out = ranks.rows.all_rows(
+                n, values, indices, grad_values, grad_out
+            )
+        sse = (grad_out * 0.5).square().sum(1)
         return Code(indices, values, grad_values, grad_out, scale), sse
 
     def _aux_entries(
@@ -169,15 +196,16 @@ class ShardedStep:
         return own_entries(values.relu(), indices, sae.features)
 
     def _b_dec_gradient(
-        self, code: Code, aux: Code | None, rows: slice, n_dead: Tensor
-    ) -> tuple[Tensor, int]:
-        """b_dec's gradient [d], the same bits on every rank, and how many latents are dead now.
+        self, code: Code, aux: Code | None, numbers: Tensor
+    ) -> tuple[Tensor, list[list[float]]]:
+        """b_dec's gradient [d], the same bits on every rank, and all ranks' numbers.
 
             scale * sum_rows grad_out[row] - (center) sum_g db_enc[g] W_enc[g]
 
-        The rows are shared out as in the reconstruction; g goes over each rank's features.
+        The rows are shared out, and g goes over each rank's features.
         """
         ranks = self.sae.ranks
+        rows = ranks.features.rows_of(len(code.grad_out))
 
         def part() -> Tensor:
             summed = code.scale * code.grad_out[rows].sum(0, dtype=torch.float64)
@@ -190,11 +218,11 @@ class ShardedStep:
         mine = ranks.attempt(
             part, lambda: code.grad_out.new_zeros(self.sae.d_model, dtype=torch.float64)
         )
-        heads, (parts,) = ranks.gather(mine, numbers=n_dead[None])
+        heads, (parts,) = ranks.gather(mine, numbers=numbers)
         total = parts[0].clone()
         for other in parts[1:]:
             total += other
-        return total.to(code.grad_out.dtype), sum(int(head[0]) for head in heads)
+        return total.to(code.grad_out.dtype), heads
 
     def _update(
         self, code: Code, aux: Code | None, x: Tensor, gradient: Tensor, lr: float, step: int

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from microtome.sae.exchange import Ranks
+from microtome.sae.ranks import Ranks
 
 
 def first_round(k: int, size: int) -> int:
@@ -25,10 +25,10 @@ def top_k_of_ranks(
 ) -> tuple[Tensor, Tensor, list[list[float]]]:
     """Pick the k largest of every row out of what all ranks have.
 
-    Each rank first sends its q = 2 k / size + 1 best. The k best of these are the k best of all
-    unless a rank's last one is among them: only then may what that rank kept back belong there,
-    too, and for those rows every rank sends the rest. All ranks see the same candidates, so they
-    agree on this without asking.
+    The ranks are those of one row. Each first sends its q = 2 k / size + 1 best. The k best of
+    these are the k best of all unless a rank's last one is among them: only then may what that rank
+    kept back belong there, too, and for those rows every rank sends the rest. All ranks see the
+    same candidates, so they agree on this without asking.
 
     Args:
         ranks: the ranks.
@@ -41,7 +41,7 @@ def top_k_of_ranks(
 
     Returns:
         values [n, k] and indices [n, k] int32, value descending, index ascending: the bits of one
-        process that holds every feature; and the ranks' numbers.
+        process that holds every feature; and the numbers of all ranks, row after row.
 
     Raises:
         MicrotomeError: a rank has failed.
@@ -63,7 +63,7 @@ def top_k_of_ranks(
     unsure = last & torch.tensor(more, device=order.device)[order // q]
     rows = unsure.any(1).nonzero().flatten()
     if len(rows):
-        _, (rest, rest_places) = ranks.gather(values[rows, q:], indices[rows, q:], read=False)
+        rest, rest_places = ranks.features.gather(values[rows, q:], indices[rows, q:])
         whole = torch.cat([sent[:, rows], rest], -1)  # [size, rows, k]
         top[rows], found[rows], _ = _merged(whole, torch.cat([places[:, rows], rest_places], -1), k)
     return top, found, heads

@@ -18,9 +18,9 @@ from microtome import __version__
 from microtome.errors import ArgumentError, NonFiniteError
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
-from microtome.sae.exchange import ALONE
 from microtome.sae.init import start_b_dec_
 from microtome.sae.loss import Losses
+from microtome.sae.ranks import ALONE
 from microtome.sae.run import Run, Stepper
 from microtome.sae.sae import SAE
 from microtome.sae.schedule import lr_factor
@@ -94,11 +94,7 @@ def train(
     with ranks.together():
         source = as_source("train", activations, sae.d_model)
         held = None if held_out is None else as_source("train", held_out, sae.d_model)
-    stepper: Stepper
-    if isinstance(sae, ShardedSAE):
-        stepper = ShardedStep(sae, config)
-    else:
-        stepper = FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
+        stepper = _stepper(sae, config)
     run = Run(None if out is None else Path(out), sae, stepper, source, config)
     failed = True
     try:
@@ -136,6 +132,12 @@ def _check_sae(sae: object, config: TrainConfig) -> None:
         msg = "train: a sharded SAE is trained by the fused optimizers 'adam', 'adamw', 'sgd' and "
         msg += f"'signsgd', got the callable {name}."
         raise ArgumentError(msg)
+
+
+def _stepper(sae: SAE | ShardedSAE, config: TrainConfig) -> Stepper:
+    if isinstance(sae, ShardedSAE):
+        return ShardedStep(sae, config)
+    return FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
 
 
 def _loop(

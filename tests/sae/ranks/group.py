@@ -1,6 +1,6 @@
 """Groups of gloo processes that run cases together; tests/sae/test_parallel.py starts this file.
 
-`python group.py FOLDER 2 3` runs all cases on 2 and on 3 processes, forks of this one, and prints
+`python group.py FOLDER 2 3 4` runs the cases on 2, 3 and 4 processes, forks of this one, and prints
 as JSON what went wrong where.
 """
 
@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import exact
+import grid
 import lives
 import runs
 import torch
@@ -69,20 +70,30 @@ def wait_for(children: list[int], size: int, folder: Path) -> dict[str, str]:
     wrong = {"group": f"exit codes {ended}"} if any(ended) else {}
     for rank in range(size):
         path = folder / f"wrong-{rank}.json"
-        wrong = {**(json.loads(path.read_text()) if path.exists() else {}), **wrong}
+        for case, said in (json.loads(path.read_text()) if path.exists() else {}).items():
+            wrong[case] = said + "\n" + wrong.get(case, "")
         path.unlink(missing_ok=True)
+    return wrong
+
+
+def all_groups(began: Path, sizes: list[int]) -> dict[int, dict[str, str]]:
+    """What went wrong, by size and case; on 4 processes only the cases of a grid are run."""
+    wrong = {}
+    for size in sizes:
+        cases = grid.CASES if size == 4 else [*exact.CASES, *runs.CASES]
+        folder = began / str(size)
+        wrong[size] = wait_for(group(size, folder, cases), size, folder)
+    for size in sizes:
+        folder, cases = began / str(size), list(lives.CASES)
+        if size == 4:
+            continue
+        if size == 2:
+            cases += grid.CASES
+        wrong[size] |= lives.killed(group, size, folder)
+        wrong[size] |= wait_for(group(size, folder, cases), size, folder)
     return wrong
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    began, sizes = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-    wrong = {}
-    for size in sizes:
-        folder = began / str(size)
-        wrong[size] = wait_for(group(size, folder, [*exact.CASES, *runs.CASES]), size, folder)
-    for size in sizes:
-        folder = began / str(size)
-        wrong[size] |= lives.killed(group, size, folder)
-        wrong[size] |= wait_for(group(size, folder, lives.CASES), size, folder)
-    print(json.dumps(wrong))
+    print(json.dumps(all_groups(Path(sys.argv[1]), [int(word) for word in sys.argv[2:]])))

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -11,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from shared import D, F, mine_of, moved, refuses, rows, same
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from microtome import SAE, TopK, TrainConfig, cli, shard, train
+from microtome import SAE, TopK, TrainConfig, cli, evaluate, shard, train
 from microtome.errors import (
     ArgumentError,
     CheckpointError,
@@ -23,7 +24,8 @@ from microtome.errors import (
     StoreError,
 )
 from microtome.models import ActivationStore
-from microtome.sae import InMemory, files
+from microtome.sae import InMemory, files, sharded_step
+from microtome.sae.log import JsonLines
 from microtome.sae.sharded_step import ShardedStep
 
 SETTINGS = {"steps": 12, "batch_size": 20, "lr": 5e-3, "log_every": 1, "dead_after_tokens": 60}
@@ -41,6 +43,17 @@ class Trips(InMemory):
         batches = super().batches(batch_size, seed=seed, start=start)
         for number, batch in enumerate(batches, start):
             yield self.what(batch) if number == 6 else batch
+
+
+class Unreadable(InMemory):
+    """Activations that something happens to when they are read."""
+
+    def __init__(self, what) -> None:
+        super().__init__(DATA)
+        self.what = what
+
+    def rows(self, index):
+        return self.what(super().rows(index))
 
 
 def training(ours, out: Path | None, source=DATA, **changes):
@@ -155,6 +168,21 @@ def an_error_of_one_rank_ends_all_with_the_same_message(rank, size, folder):
         else (DistributedError, f"rank {last}: ZeroDivisionError: division by zero")
     )
     refuses(kind, said, lambda: training(ours, None, Trips(odd)))
+    refuses(kind, said, lambda: evaluate(ours, Unreadable(odd)))
+
+    def broken(*_, **__):
+        return 1 / 0
+
+    usual, out = sharded_step.sae_update, folder / "half"
+    step = lambda batch: setattr(sharded_step, "sae_update", broken if rank == last else usual)  # noqa: E731
+    try:  # a rank that is half updated: no checkpoint is made of it
+        refuses(
+            kind, said,
+            lambda: training(ours, out, Trips(lambda x: (step(x), x)[1]), checkpoint_every=7),
+        )  # fmt: skip
+    finally:
+        sharded_step.sae_update = usual
+    assert not list((out / "checkpoints").glob("step_*"))
     with torch.no_grad():
         if rank == last:
             ours.local.W_enc[2, 1] = float("inf")
@@ -186,6 +214,19 @@ def a_full_disk_on_one_rank_ends_all_and_leaves_the_checkpoint_before(rank, size
         assert left == ["step_5"], left
     finally:
         files._open = usual
+    usual = JsonLines.write
+
+    def full_log(self, line):
+        if line["step"] == 8:
+            with files.disk_errors(self.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        usual(self, line)
+
+    JsonLines.write = full_log  # of the first rank, which alone has a log
+    try:
+        refuses(CheckpointError, "rank 0: cannot write ", call)
+    finally:
+        JsonLines.write = usual
     ours = shard(moved(5))
     training(ours, folder / "full")
     same_as_a_whole_run(ours)
@@ -231,11 +272,10 @@ def what_does_not_fit_is_refused_by_every_rank(rank, size, folder):
     refuses(ArgumentError, "got DistributedDataParallel. Training forms no gradients that a wrapper"
             " could reduce: pass shard(sae.module)", lambda: training(wrapped, None))  # fmt: skip
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("data",))
-    refuses(ArgumentError, "shard: the mesh must have a dimension 'feature', has ['data'].",
-            lambda: shard(sae, mesh))  # fmt: skip
-    both = init_device_mesh("cpu", (size, 1), mesh_dim_names=("data", "feature"))
-    refuses(ArgumentError, "only 'feature' may be larger than 1, the mesh has 'data' of size "
-            f"{size}.", lambda: shard(sae, both))  # fmt: skip
+    refuses(ArgumentError, "shard: the mesh must have the dimensions ('feature',) or ('data', "
+            "'feature'), has ('data',).", lambda: shard(sae, mesh))  # fmt: skip
+    turned = DeviceMesh("cpu", list(range(size))[::-1], mesh_dim_names=("feature",))
+    refuses(ArgumentError, "shard: the mesh's ranks must ascend, are [", lambda: shard(sae, turned))
     few = SAE(D, size - 1, TopK(1))
     refuses(DistributedError, f"shard: f={size - 1} features over {size} ranks, 1 each, leave some "
             f"without any. Use at most {size - 1} ranks", lambda: shard(few))  # fmt: skip
@@ -264,14 +304,16 @@ def _cli(rank, size, folder):
         kind = {"site": "resid_pre.0", "model_name": "toy", "d": D, "context_length": 8}
         with ActivationStore.write(store, **kind) as writer:
             writer.add(rows(3, 400), torch.zeros(400, dtype=torch.int64))
-    dist.barrier()
-    dist.destroy_process_group()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = torch.tensor([free.getsockname()[1]])
+        dist.broadcast(port, 0)
+        dist.destroy_process_group()
     out = folder / "cli"
     words = ["train", "--store", str(store), "--out", str(out), "--features", "51", "--k", "4"]
     words += ["--steps", "5", "--batch-size", "32"]
-    port = 20000 + (os.getppid() * 7 + size) % 20000
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(int(port)))  # fmt: skip
     log = folder / f"said-{rank}"
     with log.open("w") as said:
         stdout, sys.stdout = sys.stdout, said
