@@ -1,10 +1,11 @@
 """Candidates for rows of any length: compute what `csr_filter` listed, set overflow apart.
 
 Shared by `batch_topk_encode` and `threshold_encode`. A row is either listed (every feature that
-could matter is on its list, with its float32 value) or whole (all f values are computed). Whole
-rows are few; the first `slots` of them have their values in a scratch, of the others each kernel
-computes them again, one row after another, so that no host needs to know how many there are. A
-value comes from the same float32 sum either way.
+could matter is on its list, with its float32 value) or whole (all f values are computed). Of
+`batch_topk_encode`, which looks at values many times, whole rows are few; the first `slots` of them
+have their values in a scratch, of the others each kernel computes them again, one row after
+another, so that no host needs to know how many there are. `threshold_encode` computes whole rows
+tile by tile (`threshold_whole`) and has no slots. A value comes from the same float32 sum always.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
@@ -31,8 +32,8 @@ class Rows:
         lists: count [n], index and value [n, capacity], failed [n] and failures [1]: whole rows in
             no particular order. A whole row's count is 0, and -1 before it is found to be one.
         passed: [n] int32, features that passed the filter; f for a whole row.
-        scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
-            program over whole rows computes those of a later one.
+        scratch: [2 slots, f] float32, where there are slots: values of the first whole rows, then
+            room in which each program over whole rows computes those of a later one.
         bad: [n] int32, 1 for a row with a computed value that is not finite.
         weights: x, b_dec, W_enc, b_enc, x in place of what is absent.
         has: constants of the kernels that compute values.
