@@ -19,7 +19,6 @@ from microtome.kernels.threshold_whole import Whole, near, store_entries
 from torch import Tensor
 
 from microtome._csr import offsets_of
-from microtome._look import Look
 from microtome.errors import ArgumentError
 
 OP = "threshold_encode"
@@ -136,9 +135,7 @@ def run(
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
     """
     n = x.shape[0]
-    x, W_enc = x.contiguous(), W_enc.contiguous()
-    b_enc = None if b_enc is None else b_enc.contiguous()
-    b_dec = None if b_dec is None else b_dec.contiguous()
+    x, W_enc, b_enc, b_dec = csr.contiguous(x, W_enc, b_enc, b_dec)
     if capacity is None and csr.capturing(x):
         msg = (
             f"{OP}: while a CUDA graph is captured the number of entries cannot be read. "
@@ -184,10 +181,7 @@ def run(
         if whole:
             whole.write(entries, rooms)
         if not csr.capturing(x):
-            look = Look(OP, x.device)
-            if x.is_cuda:
-                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold, norms)
-            csr.look_at_values(look, rows)
+            look = csr.look_afterwards(OP, rows, threshold, norms)
             if capacity is not None:
                 look.room("entries", ends[0], capacity)
                 look.room("entries in the window", ends[1], rooms[1])

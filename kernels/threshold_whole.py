@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from microtome.kernels import csr_rows as csr
-from microtome.kernels.topk_select import _dots
+from microtome.kernels.dots import _dots
 from torch import Tensor
 
 ROWS, FEATURES = 16, 16  # of a tile

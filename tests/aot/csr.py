@@ -18,6 +18,7 @@ from microtome.kernels import (
     topk_encode,
     topk_select,
 )
+from microtome.kernels.dots import _whole_kernel
 
 n, d, f, k = 8192, 768, 24576, 32
 FUSED = {"enable_fp_fusion": True}
@@ -65,7 +66,7 @@ def cases() -> dict[str, Case]:
     ties = types("i32", "ties")
     out = {
         "csr.overflow": case(csr_rows._overflow_kernel, {"BN": 128}),
-        "csr.whole": case(csr_rows._whole_kernel, {**dots, "BC": topk_select.TILE[1]}),
+        "csr.whole": case(_whole_kernel, {**dots, "ORDERED": False, "BC": topk_select.TILE[1]}),
         "csr.digit": case(radix._digit_kernel, {}),
         "csr.start": case(csr_filter._start_kernel, {"BN": 128}, narrow=NARROW),
         "csr.own": case(csr_filter._own_kernel, {"BN": 1, "BC": csr_filter.LISTED}),
