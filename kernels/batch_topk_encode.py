@@ -27,14 +27,14 @@ import triton.language as tl
 from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
 from microtome.kernels import topk_encode as encode
-from microtome.kernels.csr_rows import set_apart, whole_row
+from microtome.kernels.csr_rows import set_apart
+from microtome.kernels.dots import whole_row
 from microtome.kernels.radix import Radix, digits, order_of
 from microtome.kernels.topk_encode import _scores, _tile
 from microtome.kernels.topk_select import _key, better_than
 from torch import Tensor
 
 from microtome._csr import offsets_of
-from microtome._look import Look
 
 OP = "batch_topk_encode"
 SAMPLE = 16  # every 16th feature is sampled
@@ -158,8 +158,9 @@ def _count_kernel(
     if WHOLE:
         for turn in range(tl.program_id(0), tl.load(failures), slots):
             row, mine = whole_row(
-                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
-            )
+                x, b_dec, W, bias, failed, scratch, turn, slots, slots, f, d, HAS_B_DEC, HAS_BIAS,
+                False, BF, BD,
+            )  # fmt: skip
             length = tl.zeros((BN,), tl.int32) + f
             more, equal, wrong = _tally(mine, row * 0, length, border, BN, BC)
             tl.store(above + row, more)
@@ -210,8 +211,9 @@ def _write_whole_kernel(
     border = tl.load(kth)
     for turn in range(tl.program_id(0), tl.load(failures), slots):
         _, mine = whole_row(
-            x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
-        )
+            x, b_dec, W, bias, failed, scratch, turn, slots, slots, f, d, HAS_B_DEC, HAS_BIAS,
+            False, BF, BD,
+        )  # fmt: skip
         row = tl.load(failed + turn).to(tl.int64)
         wanted = tl.load(taken + row).to(tl.int32)
         quota = wanted - tl.load(above + row)  # of the entries at the border
@@ -272,9 +274,7 @@ def run(
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
     """
     n = x.shape[0]
-    x, W_enc = x.contiguous(), W_enc.contiguous()
-    b_enc = None if b_enc is None else b_enc.contiguous()
-    b_dec = None if b_dec is None else b_dec.contiguous()
+    x, W_enc, b_enc, b_dec = csr.contiguous(x, W_enc, b_enc, b_dec)
     if not x.is_cuda or n == 0:  # interpreted: numpy would warn about NaN first
         csr.look_at(OP, x, W_enc, b_enc, b_dec).submit()
     values = x.new_empty(n * k)
@@ -295,12 +295,8 @@ def run(
             csr.compute_whole(rows)
         offsets = _select(rows, n * k, values, indices)
         if not csr.capturing(x):
-            look = Look(OP, x.device)
-            if x.is_cuda:
-                norms = None if screen is None else screen[3][:, 1]
-                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, norms=norms)
-            csr.look_at_values(look, rows)
-            look.submit()
+            norms = None if screen is None else screen[3][:, 1]
+            csr.look_afterwards(OP, rows, norms=norms).submit()
         return values, indices, offsets, csr.certificate(rows)
 
 

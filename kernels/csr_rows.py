@@ -1,20 +1,23 @@
 """Candidates for rows of any length: compute what `csr_filter` listed, set overflow apart.
 
 Shared by `batch_topk_encode` and `threshold_encode`. A row is either listed (every feature that
-could matter is on its list, with its float32 value) or whole (all f values are computed). Whole
-rows are few; the first `slots` of them have their values in a scratch, of the others each kernel
-computes them again, one row after another, so that no host needs to know how many there are. A
-value comes from the same float32 sum either way.
+could matter is on its list, with its float32 value) or whole (all f values are computed). Of
+`batch_topk_encode`, which looks at values many times, whole rows are few; the first `slots` of them
+have their values in a scratch, of the others each kernel computes them again, one row after
+another, so that no host needs to know how many there are. `threshold_encode` computes whole rows
+tile by tile (`threshold_whole`) and has no slots. A value comes from the same float32 sum always.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels import dots
 from microtome.kernels import topk_select as select
-from microtome.kernels.topk_select import _dots
 from torch import Tensor
 
 from microtome._look import Look
@@ -31,8 +34,8 @@ class Rows:
         lists: count [n], index and value [n, capacity], failed [n] and failures [1]: whole rows in
             no particular order. A whole row's count is 0, and -1 before it is found to be one.
         passed: [n] int32, features that passed the filter; f for a whole row.
-        scratch: [2 slots, f] float32: values of the first whole rows, then room in which each
-            program over whole rows computes those of a later one.
+        scratch: [2 slots, f] float32, where there are slots: values of the first whole rows, then
+            room in which each program over whole rows computes those of a later one.
         bad: [n] int32, 1 for a row with a computed value that is not finite.
         weights: x, b_dec, W_enc, b_enc, x in place of what is absent.
         has: constants of the kernels that compute values.
@@ -103,44 +106,6 @@ def set_apart(row, which, count, failed, failures, BN: tl.constexpr):
     tl.store(count + row, tl.zeros((BN,), tl.int32), mask=which)
 
 
-@triton.jit
-def _whole_kernel(
-    x, b_dec, W, bias, failed, failures, scratch, f, d, slots,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """All values of the first `slots` whole rows; a program per block of features."""
-    feature = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    for slot in range(0, tl.minimum(tl.load(failures), slots)):
-        row = tl.load(failed + slot + tl.arange(0, 1)).to(tl.int64)
-        result = _dots(
-            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
-        )
-        tl.store(scratch + tl.cast(slot, tl.int64) * f + feature, result, mask=feature < f)
-
-
-@triton.jit
-def whole_row(
-    x, b_dec, W, bias, failed, scratch, turn, slots, f, d,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """A whole row's number [1], and where its values [f] lie in the scratch.
-
-    Beyond the first `slots` they are computed now, into the program's own room.
-    """
-    row = tl.load(failed + turn + tl.arange(0, 1)).to(tl.int64)
-    scratch += (tl.program_id(0).to(tl.int64) + tl.where(turn >= slots, slots, 0)) * f
-    if turn >= slots:
-        tl.debug_barrier()
-        for first in range(0, f, BC):
-            feature = (first + tl.arange(0, BC))[None, :]
-            result = _dots(
-                x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
-            )
-            tl.store(scratch + feature, result, mask=feature < f)
-        tl.debug_barrier()
-    return row, scratch
-
-
 def block(rows: Rows) -> int:
     """Features of a whole row computed together."""
     return select.TILE[1] if rows.passed.is_cuda else 512
@@ -172,10 +137,15 @@ def set_overflowed_apart(rows: Rows) -> None:
 def compute_whole(rows: Rows) -> None:
     """Values of the first whole rows."""
     BC = block(rows)
-    _whole_kernel[(triton.cdiv(rows.f, BC),)](
+    dots._whole_kernel[(triton.cdiv(rows.f, BC),)](
         *rows.weights, rows.lists.failed, rows.lists.failures, rows.scratch, rows.f, rows.d,
-        rows.slots, BC=BC, **rows.has, enable_fp_fusion=True,
+        rows.slots, ORDERED=False, BC=BC, **rows.has, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def contiguous(*inputs: Tensor | None) -> list[Any]:
+    """The inputs as kernels read them: x, W_enc, and what there is of b_enc and b_dec."""
+    return [None if t is None else t.contiguous() for t in inputs]
 
 
 def capturing(x: Tensor) -> bool:
@@ -200,9 +170,17 @@ def look_at(
     return look
 
 
-def look_at_values(look: Look, rows: Rows) -> None:
-    """Look for rows with a computed value that is not finite."""
+def look_afterwards(
+    op: str, rows: Rows, threshold: Tensor | None = None, norms: Tensor | None = None
+) -> Look:
+    """A look for rows with a computed value that is not finite, and on a GPU, where nobody has
+    looked before, for NaN and infinity in the inputs."""
+    x, _, W_enc, _ = rows.weights
+    look = (
+        look_at(op, x, W_enc, *rows.biases, threshold, norms) if x.is_cuda else Look(op, x.device)
+    )
     look.finite("x W_enc^T", torch.where(rows.bad > 0, float("inf"), 0.0))
+    return look
 
 
 def certificate(rows: Rows) -> Tensor:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from microtome.kernels.csr_rows import Rows, block, whole_row
-from microtome.kernels.topk_select import _order, _unorder
+from microtome.kernels.csr_rows import Rows, block
+from microtome.kernels.dots import _order, _unorder, whole_row
 from torch import Tensor
 
 
@@ -59,8 +59,9 @@ def _histogram_kernel(
     if WHOLE:
         for turn in range(tl.program_id(0), tl.load(failures), slots):
             row, mine = whole_row(
-                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
-            )
+                x, b_dec, W, bias, failed, scratch, turn, slots, slots, f, d, HAS_B_DEC, HAS_BIAS,
+                False, BF, BD,
+            )  # fmt: skip
             length = tl.zeros((BN,), tl.int32) + f
             _tally(mine, row * 0, length, known, shift, histogram, BN, BC)
     else:

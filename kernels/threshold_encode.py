@@ -1,10 +1,10 @@
 """The pre-activations above their feature's threshold, and the window about it.
 
 `csr_filter` lists every feature whose value could lie above the lower edge of the window (or above
-the threshold, where there is no window); rows whose list overflows are set apart and computed
-whole. The float32 values decide; counts of both kinds by row give the offsets; each row then places
-its entries by their features. Without a capacity the host reads how many there are before it makes
-room for them.
+the threshold, where there is no window); rows whose list overflows are set apart and computed whole
+(`threshold_whole`). The float32 values decide; counts of both kinds by row give the offsets; each
+row then places its entries by their features. Without a capacity the host reads how many there are
+before it makes room for them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from microtome.kernels import csr_filter as filters
 from microtome.kernels import csr_rows as csr
-from microtome.kernels.csr_rows import whole_row
+from microtome.kernels.threshold_whole import Whole, near, store_entries
 from torch import Tensor
 
 from microtome._csr import offsets_of
-from microtome._look import Look
 from microtome.errors import ArgumentError
 
 OP = "threshold_encode"
@@ -42,67 +41,30 @@ def capacity_of(f: int, n: int = 1, capacity: int | None = None, per_row: int | 
 
 
 @triton.jit
-def _near(value, threshold, half):
-    """Which values lie within the window, as float32 tensors say."""
-    return tl.abs(value - threshold) < half
-
-
-@triton.jit
-def _tally(
-    values, index, start, length, theta, half,
-    LISTED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+def _count_kernel(
+    count, index, value, theta, many, close, bad, rows, capacity, half,
+    WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """How many of the rows' values [BN] lie above their threshold, and how many in the window."""
-    many = tl.zeros((BN,), tl.int32)
-    close = tl.zeros((BN,), tl.int32)
+    """How many of the listed values lie above their threshold, and how many in the window."""
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    length = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
+    above = tl.zeros((BN,), tl.int32)
+    window = tl.zeros((BN,), tl.int32)
     wrong = tl.zeros((BN,), tl.int32)
     for first in range(0, tl.max(length, 0), BC):
         at = (first + tl.arange(0, BC))[None, :]
         mask = at < length[:, None]
-        value = tl.load(values + start[:, None] + at, mask=mask, other=0.0)
-        feature = tl.load(index + start[:, None] + at, mask=mask, other=0) if LISTED else at
+        mine = tl.load(value + row[:, None] * capacity + at, mask=mask, other=0.0)
+        feature = tl.load(index + row[:, None] * capacity + at, mask=mask, other=0)
         threshold = tl.load(theta + feature, mask=mask, other=0.0)
-        many += tl.sum((mask & (value > threshold)).to(tl.int32), 1)
+        above += tl.sum((mask & (mine > threshold)).to(tl.int32), 1)
         if WINDOW:
-            close += tl.sum((mask & _near(value, threshold, half)).to(tl.int32), 1)
-        finite = tl.abs(value) < float("inf")
+            window += tl.sum((mask & near(mine, threshold, half)).to(tl.int32), 1)
+        finite = tl.abs(mine) < float("inf")
         wrong = tl.maximum(wrong, tl.max((mask & ~finite).to(tl.int32), 1))
-    return many, close, wrong
-
-
-@triton.jit
-def _count_kernel(
-    x, b_dec, W, bias, failed, failures, scratch, count, index, value, theta, many, close, bad,
-    rows, f, d, capacity, slots, half,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr,
-    WINDOW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    if WHOLE:
-        for turn in range(tl.program_id(0), tl.load(failures), slots):
-            row, mine = whole_row(
-                x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
-            )
-            length = tl.zeros((BN,), tl.int32) + f
-            a, b, wrong = _tally(mine, index, row * 0, length, theta, half, False, WINDOW, BN, BC)
-            tl.store(many + row, a)
-            tl.store(close + row, b)
-            tl.store(bad + row, wrong)
-    else:
-        row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-        length = tl.minimum(tl.load(count + row, mask=row < rows, other=0), capacity)
-        start = row * capacity
-        a, b, wrong = _tally(value, index, start, length, theta, half, True, WINDOW, BN, BC)
-        tl.store(many + row, a, mask=row < rows)
-        tl.store(close + row, b, mask=row < rows)
-        tl.store(bad + row, wrong, mask=row < rows)
-
-
-@triton.jit
-def _place(values, indices, at, room, value, feature, mask):
-    """Store entries where there is room for them."""
-    mask = mask & (at < room)
-    tl.store(values + at, value.to(values.dtype.element_ty), mask=mask)
-    tl.store(indices + at, feature, mask=mask)
+    tl.store(many + row, above, mask=row < rows)
+    tl.store(close + row, window, mask=row < rows)
+    tl.store(bad + row, wrong, mask=row < rows)
 
 
 @triton.jit
@@ -136,47 +98,14 @@ def _write_kernel(
             theirs = (to < listed) & (their > edge)
             lower += tl.sum((before & theirs[:, None, :]).to(tl.int32), 2)
             if WINDOW:
-                theirs = (to < listed) & _near(their, edge, half)
+                theirs = (to < listed) & near(their, edge, half)
                 near_lower += tl.sum((before & theirs[:, None, :]).to(tl.int32), 2)
         mask = (at < listed) & (mine > threshold)
-        _place(values, indices, begin + lower, room, mine, feature, mask)
+        store_entries(values, indices, begin + lower, room, mine, feature, mask)
         if WINDOW:
-            mask = (at < listed) & _near(mine, threshold, half)
+            mask = (at < listed) & near(mine, threshold, half)
             place = near_begin + near_lower
-            _place(near_values, near_indices, place, near_room, mine, feature, mask)
-
-
-@triton.jit
-def _write_whole_kernel(
-    x, b_dec, W, bias, failed, failures, scratch, theta, offsets, values, indices, near_offsets,
-    near_values, near_indices, f, d, slots, room, near_room, half,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """Place the entries of each whole row one after another."""
-    for turn in range(tl.program_id(0), tl.load(failures), slots):
-        _, mine = whole_row(
-            x, b_dec, W, bias, failed, scratch, turn, slots, f, d, HAS_B_DEC, HAS_BIAS, BF, BD
-        )
-        row = tl.load(failed + turn).to(tl.int64)
-        begin = tl.load(offsets + row)
-        near_begin = tl.load(near_offsets + row)
-        for first in range(0, f, BC):
-            feature = first + tl.arange(0, BC)
-            value = tl.load(mine + feature, mask=feature < f, other=0.0)
-            threshold = tl.load(theta + feature, mask=feature < f, other=0.0)
-            above = (feature < f) & (value > threshold)
-            at = begin + tl.cumsum(above.to(tl.int32), 0) - 1
-            _place(values, indices, at, room, value, feature, above)
-            begin += tl.sum(above.to(tl.int32), 0)
-            if WINDOW:
-                near = (feature < f) & _near(value, threshold, half)
-                at = near_begin + tl.cumsum(near.to(tl.int32), 0) - 1
-                _place(near_values, near_indices, at, near_room, value, feature, near)
-                near_begin += tl.sum(near.to(tl.int32), 0)
-
-
-Entries = tuple[Tensor, Tensor, Tensor]
+            store_entries(near_values, near_indices, place, near_room, mine, feature, mask)
 
 
 def launch(
@@ -191,24 +120,22 @@ def launch(
     captured none does. The candidates of such rows are -1.
     """
     n, f = x.shape[0], W_enc.shape[0]
-    return run(capacity_of(f, n, capacity, per_row), csr.slots_of(n, f), x, W_enc, b_enc, b_dec,
-               threshold, bandwidth, capacity, (kind, shadow, stats))  # fmt: skip
+    kept, screen = capacity_of(f, n, capacity, per_row), (kind, shadow, stats)
+    return run(kept, x, W_enc, b_enc, b_dec, threshold, bandwidth, capacity, screen)
 
 
 def run(
-    kept: int, slots: int, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
+    kept: int, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None,
     threshold: Tensor | None, bandwidth: float, capacity: int | None,
     screen: tuple[str, Tensor | None, Tensor | None] = ("auto", None, None),
     tma: bool | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`launch` with lists of `kept` candidates and room for `slots` whole rows; same answer.
+    """`launch` with lists of `kept` candidates; same answer.
 
     tma: read tiles through tensor descriptors; None for where the device has the copy engine.
     """
     n = x.shape[0]
-    x, W_enc = x.contiguous(), W_enc.contiguous()
-    b_enc = None if b_enc is None else b_enc.contiguous()
-    b_dec = None if b_dec is None else b_dec.contiguous()
+    x, W_enc, b_enc, b_dec = csr.contiguous(x, W_enc, b_enc, b_dec)
     if capacity is None and csr.capturing(x):
         msg = (
             f"{OP}: while a CUDA graph is captured the number of entries cannot be read. "
@@ -226,7 +153,7 @@ def run(
     )
     half, window = bandwidth / 2, bandwidth > 0
     with torch.cuda.device_of(x):
-        rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots)
+        rows = csr.Rows(x, W_enc, b_enc, b_dec, kept, slots=0)
         norms = None
         if not rows.everything:
             shadows = filters.screen_of(x, W_enc, b_dec, *screen)
@@ -235,10 +162,11 @@ def run(
             filters.filter_rows(rows, shadows, theta.new_zeros(1), shift, tma)
             csr.set_overflowed_apart(rows)
         csr.compute(rows)
-        if not rows.everything:
-            csr.compute_whole(rows)
-        many = torch.zeros(2, n, dtype=torch.int32, device=x.device)
-        _count(rows, theta, half, window, many)
+        many = torch.empty(2, n, dtype=torch.int32, device=x.device)
+        _count(rows, theta, half, many)
+        whole = None if rows.everything else Whole(rows, theta, half)
+        if whole:
+            whole.count(many)
         ends = [offsets_of(m) for m in many]
         if capacity is None:  # the one number, or two, that the host waits for
             rooms = torch.stack([end[-1] for end in ends[: 1 + window]]).tolist()
@@ -248,12 +176,12 @@ def run(
         out: list[Tensor] = []
         for room, end in zip(rooms, ends, strict=True):
             out += [x.new_zeros(room), many.new_zeros(room), end]
-        _write(rows, theta, half, window, out, rooms)
+        entries = (out[2], *out[:2], out[5], *out[3:5])
+        _write(rows, theta, half, entries, rooms)
+        if whole:
+            whole.write(entries, rooms)
         if not csr.capturing(x):
-            look = Look(OP, x.device)
-            if x.is_cuda:
-                look = csr.look_at(OP, x, W_enc, b_enc, b_dec, threshold, norms)
-            csr.look_at_values(look, rows)
+            look = csr.look_afterwards(OP, rows, threshold, norms)
             if capacity is not None:
                 look.room("entries", ends[0], capacity)
                 look.room("entries in the window", ends[1], rooms[1])
@@ -275,36 +203,23 @@ def _nothing(x: Tensor, bandwidth: float, capacity: int | None) -> tuple[Tensor,
     return (*out, out[1].new_empty(0))
 
 
-def _count(rows: csr.Rows, theta: Tensor, half: float, window: bool, many: Tensor) -> None:
-    """Entries of every row, and entries of its window, into many [2, n]."""
+def _count(rows: csr.Rows, theta: Tensor, half: float, many: Tensor) -> None:
+    """Entries of every listed row, and entries of its window, to many [2, n]; 0 of a whole row."""
     lists = rows.lists
-    for apart in (False, True)[: 1 + (not rows.everything)]:
-        grid, tile = rows.whole() if apart else rows.listed()
-        _count_kernel[grid](
-            *rows.weights, lists.failed, lists.failures, rows.scratch, lists.count, lists.index,
-            lists.value, theta, many[0], many[1], rows.bad, rows.n, rows.f, rows.d, rows.capacity,
-            rows.slots, half,
-            WHOLE=apart, WINDOW=window, BF=csr.block(rows), **tile, **rows.has,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    grid, tile = rows.listed()
+    _count_kernel[grid](
+        lists.count, lists.index, lists.value, theta, many[0], many[1], rows.bad, rows.n,
+        rows.capacity, half, WINDOW=half > 0, **tile, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _write(
-    rows: csr.Rows, theta: Tensor, half: float, window: bool, out: list[Tensor], rooms: list[int]
+    rows: csr.Rows, theta: Tensor, half: float, entries: tuple[Tensor, ...], rooms: list[int]
 ) -> None:
-    """Write the entries of every row."""
+    """Write the entries of every listed row: offsets, values, indices, those of the window."""
     lists = rows.lists
-    values, indices, offsets, near_values, near_indices, near_offsets = out
-    entries = (theta, offsets, values, indices, near_offsets, near_values, near_indices)
-    BN = 1 if values.is_cuda else 32
+    BN = 1 if theta.is_cuda else 32
     _write_kernel[(triton.cdiv(rows.n, BN),)](
-        lists.count, lists.index, lists.value, *entries, rows.n, rows.capacity, *rooms, half,
-        WINDOW=window, BN=BN, BC=64, enable_fp_fusion=True,
+        lists.count, lists.index, lists.value, theta, *entries, rows.n, rows.capacity, *rooms,
+        half, WINDOW=half > 0, BN=BN, BC=64, enable_fp_fusion=True,
     )  # fmt: skip
-    if not rows.everything:
-        grid, tile = rows.whole()
-        _write_whole_kernel[grid](
-            *rows.weights, lists.failed, lists.failures, rows.scratch, *entries, rows.f, rows.d,
-            rows.slots, *rooms, half, WINDOW=window, BF=csr.block(rows), **tile, **rows.has,
-            enable_fp_fusion=True,
-        )  # fmt: skip

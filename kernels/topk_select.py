@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from microtome.kernels.dots import _dots, _order, _unorder, _whole_kernel, whole_row
 from torch import Tensor
 
 TILE = (1, 32)  # rows and candidates computed together
@@ -38,19 +39,6 @@ class Lists:
 
 
 @triton.jit
-def _order(value):
-    """float32 as an int32 of the same order; -0.0 counts as 0.0."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _unorder(order):
-    """The float32 that `_order` made an integer of."""
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _key(value, index):
     """An integer above -2^62 that orders by value, then by the lower index."""
     return (_order(value).to(tl.int64) << 31) | (2147483647 - index.to(tl.int64))
@@ -73,28 +61,6 @@ def better_than(
         their_key = tl.where(at < listed, their_key, -4611686018427387905)
         better += tl.sum((their_key[:, None, :] > key[:, :, None]).to(tl.int32), 2)
     return better
-
-
-@triton.jit
-def _dots(x, b_dec, W, bias, row, feature, live, d, HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr,
-          BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """float32 pre-activations [BN, BC] of rows [BN]; a sum does not depend on its neighbours."""
-    acc = tl.zeros((BN, BC, BD), tl.float32)
-    x_row = x + row[:, None] * d
-    w_row = W + feature.to(tl.int64)[:, :, None] * d
-    for start in range(0, d, BD):
-        i = start + tl.arange(0, BD)
-        c = tl.load(x_row + i[None, :], mask=(i < d)[None, :], other=0.0).to(tl.float32)  # [BN, BD]
-        if HAS_B_DEC:
-            c -= tl.load(b_dec + i, mask=i < d, other=0.0).to(tl.float32)[None, :]
-        w = tl.load(
-            w_row + i[None, None, :], mask=live[:, :, None] & (i < d)[None, None, :], other=0.0
-        )
-        acc += c[:, None, :] * w.to(tl.float32)
-    value = tl.sum(acc, 2)
-    if HAS_BIAS:
-        value += tl.load(bias + feature, mask=live, other=0.0).to(tl.float32)
-    return value
 
 
 @triton.jit
@@ -205,62 +171,25 @@ def _select_kernel(
 
 
 @triton.jit
-def _repair_value_kernel(
-    x, b_dec, W, bias, failed, failures, scratch, f, d, slots,
-    HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Pre-activations of all features, as ordered integers, for the first `slots` failed rows."""
-    feature = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    for slot in range(0, tl.minimum(tl.load(failures), slots)):
-        row = tl.load(failed + slot + tl.arange(0, 1)).to(tl.int64)
-        result = _dots(
-            x, b_dec, W, bias, row, feature, feature < f, d, HAS_B_DEC, HAS_BIAS, 1, BC, BD
-        )
-        tl.store(scratch + tl.cast(slot, tl.int64) * f + feature, _order(result), mask=feature < f)
-
-
-@triton.jit
 def _repair_pick_kernel(
     x, b_dec, W, bias, failed, failures, scratch, count, index, value, f, d, k, capacity, slots,
     HAS_B_DEC: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     BF: tl.constexpr,
 ):  # fmt: skip
     """Make the k best of all features the failed row's candidates."""
-    slot = tl.program_id(0)
-    scratch += slot.to(tl.int64) * f
-    for turn in range(slot, tl.load(failures), slots):
+    for turn in range(tl.program_id(0), tl.load(failures), slots):
+        _, mine = whole_row(
+            x, b_dec, W, bias, failed, scratch, turn, slots, 0, f, d, HAS_B_DEC, HAS_BIAS, True, BC,
+            BD,
+        )  # fmt: skip
         row = tl.load(failed + turn).to(tl.int64)
-        if turn >= slots:  # beyond what _repair_value_kernel computed
-            tl.debug_barrier()
-            for first in range(0, f, BC):
-                feature = (first + tl.arange(0, BC))[None, :]
-                which = row + tl.zeros((1,), tl.int64)
-                result = _dots(
-                    x,
-                    b_dec,
-                    W,
-                    bias,
-                    which,
-                    feature,
-                    feature < f,
-                    d,
-                    HAS_B_DEC,
-                    HAS_BIAS,
-                    1,
-                    BC,
-                    BD,
-                )
-                tl.store(scratch + feature, _order(result), mask=feature < f)
-            tl.debug_barrier()
         found = tl.full((), 0, tl.int64)
         for i in range(8):  # the k-th largest, four bits at a time from the highest
             trial = found | (tl.arange(0, 16).to(tl.int64) << (28 - 4 * i))
             above = tl.full((16,), 0, tl.int32)
             for first in range(0, f, BF):
                 feature = first + tl.arange(0, BF)
-                order = (
-                    tl.load(scratch + feature, mask=feature < f, other=0).to(tl.int64) + 2147483648
-                )
+                order = tl.load(mine + feature, mask=feature < f, other=0).to(tl.int64) + 2147483648
                 order = tl.where(feature < f, order, -1)
                 above += tl.sum((order[None, :] >= trial[:, None]).to(tl.int32), 1)
             digit = tl.sum((above >= k).to(tl.int32), 0) - 1
@@ -269,13 +198,13 @@ def _repair_pick_kernel(
         above = tl.full((), 0, tl.int32)
         for first in range(0, f, BF):
             feature = first + tl.arange(0, BF)
-            order = tl.load(scratch + feature, mask=feature < f, other=0)
+            order = tl.load(mine + feature, mask=feature < f, other=0)
             above += tl.sum(((order > kth) & (feature < f)).to(tl.int32), 0)
         taken = tl.full((), 0, tl.int32)
         ties = tl.full((), 0, tl.int32)
         for first in range(0, f, BF):
             feature = first + tl.arange(0, BF)
-            order = tl.load(scratch + feature, mask=feature < f, other=0)
+            order = tl.load(mine + feature, mask=feature < f, other=0)
             tie = ((order == kth) & (feature < f)).to(tl.int32)
             lower = ties + tl.cumsum(tie, 0) - tie
             take = ((order > kth) & (feature < f)) | ((tie == 1) & (lower < k - above))
@@ -377,7 +306,7 @@ def answer(
     scratch = torch.empty(slots, f, dtype=torch.int32, device=x.device)
     repair = (*weights(x, W_enc, b_enc, b_dec), lists.failed, lists.failures, scratch)
     has = constants(b_enc, b_dec)
-    _repair_value_kernel[(triton.cdiv(f, BF),)](*repair, f, d, slots, BC=BF, **has)
+    _whole_kernel[(triton.cdiv(f, BF),)](*repair, f, d, slots, ORDERED=True, BC=BF, **has)
     _repair_pick_kernel[(slots,)](
         *repair, lists.count, lists.index, lists.value, f, d, k, capacity, slots,
         BC=BF, BF=SCAN, **has,

@@ -25,7 +25,8 @@ template <class T, int kItems>
 __global__ void __launch_bounds__(256)
     inputs_kernel(Tables t, const T* __restrict__ x, const T* __restrict__ background, T* __restrict__ out) {
     using Items = Pack<T, kItems>;
-    const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kItems;
+    const Place place = place_in(blockIdx.x, (t.R + kRows - 1) / kRows);
+    const int64_t column = (static_cast<int64_t>(place.across) * blockDim.x + threadIdx.x) * kItems;
     if (column >= t.m) return;
     int32_t player[kItems], rank[kItems];
 #pragma unroll
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(256)
         rank[i] = 0;
     }
     int32_t known = -1;  // the order whose ranks these are
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+    const int64_t first = static_cast<int64_t>(place.row) * kRows;
     const int64_t last = first + kRows < t.R ? first + kRows : t.R;
     for (int64_t row = first; row < last; ++row) {
         const int32_t* const entry = t.rows + row * 5;
@@ -59,9 +60,8 @@ __global__ void __launch_bounds__(256)
 template <class T, int kItems>
 void run(const Tables& t, uintptr_t x, uintptr_t background, uintptr_t out, uintptr_t stream) {
     const int64_t across = (t.m + kItems - 1) / kItems, threads = std::min<int64_t>((across + 31) / 32 * 32, 256);
-    const Geometry geometry{
-        dim3(static_cast<unsigned>((t.R + kRows - 1) / kRows), static_cast<unsigned>((across + threads - 1) / threads)),
-        dim3(static_cast<unsigned>(threads)), 0, stream};
+    const Geometry geometry{along_x("coalition_inputs", (t.R + kRows - 1) / kRows, (across + threads - 1) / threads),
+                            dim3(static_cast<unsigned>(threads)), 0, stream};
     launch("coalition_inputs", inputs_kernel<T, kItems>, geometry, t, at<const T>(x), at<const T>(background),
            at<T>(out));
 }

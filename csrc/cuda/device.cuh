@@ -1,11 +1,14 @@
 // One source for the GPU and for the emulator: nvcc gives CUDA, any other compiler the fibers of csrc/emulator.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -93,6 +96,36 @@ void launch(const char* name, void (*kernel)(P...), const Geometry& g, A... argu
     const size_t most = asks ? simt::most_shared() : simt::kUnasked;
     simt::run(g.grid, g.block, g.shared, [&] { kernel(static_cast<P>(arguments)...); }, most);
 #endif
+}
+
+// A grid of rows by `across` blocks, all along x: along y a GPU takes 65535. `place_in` tells a block where it is.
+inline dim3 along_x(const char* name, int64_t rows, int64_t across) {
+    constexpr int64_t kMostBlocks = 0x7FFFFFFF;
+    if (across > 0 && rows > kMostBlocks / across) {
+        throw std::runtime_error(std::string(name) + ": a launch of " + std::to_string(rows) + " x " +
+                                 std::to_string(across) + " blocks (a GPU takes 2^31 - 1). Use fewer rows at a time.");
+    }
+    return dim3(static_cast<unsigned>(rows * across));
+}
+
+// Blocks that lie along y, cut into launches that a GPU takes: the first of each, and how many.
+inline std::vector<std::pair<unsigned, unsigned>> slabs(int64_t blocks) {
+    constexpr int64_t kMostBlocks = 65535;
+    std::vector<std::pair<unsigned, unsigned>> out;
+    for (int64_t first = 0; first < blocks; first += kMostBlocks) {
+        out.emplace_back(static_cast<unsigned>(first), static_cast<unsigned>(std::min(kMostBlocks, blocks - first)));
+    }
+    return out;
+}
+
+struct Place {
+    unsigned row, across;
+};
+
+// Neighbouring blocks differ in their row.
+__host__ __device__ inline Place place_in(unsigned block, int64_t rows) {
+    const auto count = static_cast<unsigned>(rows);
+    return {block % count, block / count};
 }
 
 // Kernels of one thread per item: as many blocks of 256 as it takes.

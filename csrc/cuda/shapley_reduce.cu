@@ -24,6 +24,7 @@ struct Tile {
     int walks;   // of a buffer
     int room;    // elements of a buffer
     int64_t chunks;
+    unsigned first;  // tile of this launch
 };
 
 constexpr int64_t kBuffer = 16 << 10, kMostShared = 220 << 10;  // bytes: of a buffer where a walk is shorter; of both
@@ -67,8 +68,9 @@ __global__ void __launch_bounds__(kItems == 1 ? 256 : 512)
     MICROTOME_SHARED(double, scales, kUnits);
     const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int64_t row = blockIdx.x / tile.chunks, chunk = blockIdx.x % tile.chunks;
-    const int first_output = static_cast<int>(blockIdx.y) % tile.across * tile.outputs;
-    const int first_player = static_cast<int>(blockIdx.y) / tile.across * tile.players;
+    const int among = static_cast<int>(tile.first + blockIdx.y);
+    const int first_output = among % tile.across * tile.outputs;
+    const int first_player = among / tile.across * tile.players;
     const int outputs = static_cast<int>(w.o - first_output < tile.outputs ? w.o - first_output : tile.outputs);
     const int players = static_cast<int>(w.p - first_player < tile.players ? w.p - first_player : tile.players);
     const int64_t unit = chunk * kUnits;
@@ -174,10 +176,14 @@ void reduce(const Walks<T>& walks, Tile tile, int64_t rows, double* sums, double
     const int64_t tiles = tile.across * ((walks.p + tile.players - 1) / tile.players);
     const int64_t each = static_cast<int64_t>(tile.players) * tile.outputs;
     const int64_t threads = ((each + kItems - 1) / kItems + 31) / 32 * 32;
-    const Geometry geometry{dim3(static_cast<unsigned>(rows * tile.chunks), static_cast<unsigned>(tiles)),
-                            dim3(static_cast<unsigned>(threads)),
-                            kStaged ? static_cast<size_t>(2 * tile.room) * sizeof(T) : 0, stream};
-    launch("shapley_reduce", reduce_kernel<T, kItems, kStaged>, geometry, walks, tile, sums, squares);
+    // Along x, with rows and chunks, the tiles' number would cost registers and spill.
+    for (const auto& [first, count] : slabs(tiles)) {
+        tile.first = first;
+        const Geometry geometry{dim3(static_cast<unsigned>(rows * tile.chunks), count),
+                                dim3(static_cast<unsigned>(threads)),
+                                kStaged ? static_cast<size_t>(2 * tile.room) * sizeof(T) : 0, stream};
+        launch("shapley_reduce", reduce_kernel<T, kItems, kStaged>, geometry, walks, tile, sums, squares);
+    }
 }
 
 template <class T>

@@ -201,10 +201,11 @@ __device__ void load(const T* at, float (&out)[kAt]) {
 }
 
 template <class T, int kAt>
-__global__ void __launch_bounds__(32 * kWarps)
-    value_kernel(Weights<T> w, const int32_t* count, int32_t* index, float* value, int64_t capacity, bool all) {
+__global__ void __launch_bounds__(32 * kWarps) value_kernel(Weights<T> w, const int32_t* count, int32_t* index,
+                                                            float* value, int64_t n, int64_t capacity, bool all) {
     MICROTOME_DYNAMIC_SHARED(float, centred);  // [d]
-    const int64_t row = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kPart;
+    const Place place = place_in(blockIdx.x, n);
+    const int64_t row = place.row, first = static_cast<int64_t>(place.across) * kPart;
     const int64_t listed = count[row] < capacity ? count[row] : capacity;
     if (first >= listed) return;
     for (int64_t i = threadIdx.x; i < w.d; i += blockDim.x) {
@@ -254,13 +255,13 @@ void compute(uintptr_t x, uintptr_t W, uintptr_t bias, uintptr_t center, uintptr
     if (d > kWidest) throw std::runtime_error("candidate_values: a row does not fit shared memory");
     const Weights<T> weights{reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(W),
                              reinterpret_cast<const T*>(bias), reinterpret_cast<const T*>(center), d};
-    const Geometry geometry{dim3(static_cast<unsigned>(n), static_cast<unsigned>((capacity + kPart - 1) / kPart)),
-                            dim3(32 * kWarps), static_cast<size_t>(d) * sizeof(float), stream};
+    const Geometry geometry{along_x("candidate_values", n, (capacity + kPart - 1) / kPart), dim3(32 * kWarps),
+                            static_cast<size_t>(d) * sizeof(float), stream};
     constexpr int kAt = 16 / sizeof(T);
     launch("candidate_values",
            in_sixteens(W, d * static_cast<int64_t>(sizeof(T))) ? value_kernel<T, kAt> : value_kernel<T, 1>, geometry,
            weights, reinterpret_cast<const int32_t*>(count), reinterpret_cast<int32_t*>(index),
-           reinterpret_cast<float*>(value), capacity, all);
+           reinterpret_cast<float*>(value), n, capacity, all);
 }
 
 template <class T>

@@ -204,6 +204,9 @@ void set_most_shared(size_t bytes) { most_there_is = bytes; }
 void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body, size_t most) {
     const unsigned size = threads.x * threads.y * threads.z;
     if (size == 0 || size > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
+    if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
+        throw std::runtime_error("emulator: a grid has at most 2^31 - 1 blocks along x and 65535 along y and z");
+    }
     check_shared(shared_bytes, 0, most);
     Block b;
     b.most_shared = most;

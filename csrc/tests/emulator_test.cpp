@@ -222,11 +222,48 @@ void a_geometry_that_no_gpu_has_is_refused() {
     std::string error;
     run(1025, Order::kForward, [](int*) {}, &error);
     CHECK(error == "emulator: a block has 1 to 1024 threads");
+    for (const dim3 grid : {dim3(0x80000000u), dim3(1, 65536), dim3(1, 1, 65536)}) {
+        error.clear();
+        try {
+            simt::run(grid, dim3(1), 0, [] {});
+        } catch (const std::runtime_error& e) {
+            error = e.what();
+        }
+        CHECK(error == "emulator: a grid has at most 2^31 - 1 blocks along x and 65535 along y and z");
+    }
     run(32, Order::kForward, [](int*) {}, &error, 228 << 10);
     CHECK(error == "emulator: a block has at most 227 KiB of shared memory, not 233472 bytes");
     const auto array = [](int*) { simt::shared_array(&array_key, 1); };
     run(32, Order::kForward, array, &error, simt::kMostShared);
     CHECK(error == "emulator: a block has at most 227 KiB of shared memory, not 233472 bytes");
+}
+
+void blocks_beyond_the_limit_of_y_lie_along_x() {
+    // Rows, and blocks for each: more than 65535 of either.
+    for (const auto& [rows, across] : {std::pair<int64_t, int64_t>{3, 70000}, {70000, 3}, {1, 1}, {1 << 20, 2047}}) {
+        const dim3 grid = cuda::along_x("op", rows, across);
+        CHECK(grid.x == rows * across);
+        CHECK(grid.y == 1 && grid.z == 1);
+        for (int64_t row : {int64_t{0}, rows / 2, rows - 1}) {
+            for (int64_t part : {int64_t{0}, across / 2, across - 1}) {
+                const auto place = cuda::place_in(static_cast<unsigned>(part * rows + row), rows);
+                CHECK(place.row == row && place.across == part);
+            }
+        }
+    }
+    CHECK(cuda::slabs(0).empty());
+    using Slabs = std::vector<std::pair<unsigned, unsigned>>;
+    CHECK((cuda::slabs(65535) == Slabs{{0, 65535}}));
+    CHECK((cuda::slabs(140000) == Slabs{{0, 65535}, {65535, 65535}, {131070, 8930}}));
+    CHECK(cuda::along_x("op", 5, 0).x == 0);
+    CHECK(cuda::along_x("op", 0, 5).x == 0);
+    std::string error;
+    try {
+        cuda::along_x("op", 1 << 20, 2048);
+    } catch (const std::runtime_error& e) {
+        error = e.what();
+    }
+    CHECK(error == "op: a launch of 1048576 x 2048 blocks (a GPU takes 2^31 - 1). Use fewer rows at a time.");
 }
 
 }  // namespace microtome::test

@@ -39,6 +39,7 @@ namespace microtome::test {
     X(a_copy_is_not_seen_before_its_group_is_waited_for)          \
     X(an_exception_in_a_kernel_reaches_the_host)                  \
     X(a_geometry_that_no_gpu_has_is_refused)                      \
+    X(blocks_beyond_the_limit_of_y_lie_along_x)                   \
     X(cuda_orders_are_permutations)                               \
     X(cuda_candidates_are_valued_and_selected)                    \
     X(cuda_coalitions_are_written)                                \

@@ -14,17 +14,20 @@ from microtome.kernels import (
     segments,
     sparse_decode_csr,
     threshold_encode,
+    threshold_whole,
     topk_encode,
     topk_select,
 )
+from microtome.kernels.dots import _whole_kernel
 
 n, d, f, k = 8192, 768, 24576, 32
 FUSED = {"enable_fp_fusion": True}
 INTEGERS = {
     **types("i32", "bad above many close passed kept_index rows_of index near_indices"),
+    **types("i32", "counts near_counts"),
     **types("i64", "found rest histogram reached kth taken near_offsets"),
 }
-SCALARS = {**types("i32", "shift room near_room wanted"), "half": "fp32"}
+SCALARS = {**types("i32", "shift room near_room wanted chunks"), "half": "fp32", "chunk": "i32/16"}
 BN, BC = csr_rows.LISTED
 PROGRAMS = "the programs of a launch"
 ROWS = "a row, or up to a tile beyond the last; n < 2^29"
@@ -36,6 +39,9 @@ NARROW = {
     "batch_topk_encode: row_tile * BM": ROWS,
     "topk_narrow: row * 4": ROWS,
     "csr_filter: tile * BN": "a feature; f < 2^31",
+    "threshold_whole: part * chunk": "a feature; f < 2^31",
+    "threshold_whole: turn % tiles * BN": ROWS,
+    "threshold_whole: tl.cdiv(failing, BN) * chunks": "turns, at most 8 n; n < 2^28",
     "batch_topk_encode: tile * BN": "a sampled feature; f < 2^31",
     "batch_topk_encode: tile * (BN // GROUP)": "a sampled feature; f < 2^31",
     "csr_filter: tile * 2": "a tile of features",
@@ -60,7 +66,7 @@ def cases() -> dict[str, Case]:
     ties = types("i32", "ties")
     out = {
         "csr.overflow": case(csr_rows._overflow_kernel, {"BN": 128}),
-        "csr.whole": case(csr_rows._whole_kernel, {**dots, "BC": topk_select.TILE[1]}),
+        "csr.whole": case(_whole_kernel, {**dots, "ORDERED": False, "BC": topk_select.TILE[1]}),
         "csr.digit": case(radix._digit_kernel, {}),
         "csr.start": case(csr_filter._start_kernel, {"BN": 128}, narrow=NARROW),
         "csr.own": case(csr_filter._own_kernel, {"BN": 1, "BC": csr_filter.LISTED}),
@@ -73,9 +79,10 @@ def cases() -> dict[str, Case]:
         "threshold_encode.write": case(
             threshold_encode._write_kernel, {"WINDOW": True, "BN": 1, "BC": 64}
         ),
-        "threshold_encode.write_whole": case(
-            threshold_encode._write_whole_kernel, {**alone, "WINDOW": True}
+        "threshold_encode.count": case(
+            threshold_encode._count_kernel, {"WINDOW": True, "BN": BN, "BC": BC}
         ),
+        **whole_rows(dots),
         **products(int(sys.argv[1])),
         **decode(),
     }
@@ -84,9 +91,22 @@ def cases() -> dict[str, Case]:
         out[f"batch_topk_encode.count.{name}"] = case(
             batch_topk_encode._count_kernel, constants, pointers=ties
         )
-        out[f"threshold_encode.count.{name}"] = case(
-            threshold_encode._count_kernel, {**constants, "WINDOW": True}
-        )
+    return out
+
+
+def whole_rows(dots: dict[str, Any]) -> dict[str, Case]:
+    """Rows of `threshold_encode` whose list overflowed, with and without a window."""
+    tile = {"BN": threshold_whole.ROWS, "BC": threshold_whole.FEATURES}
+    out = {}
+    for name, window in (("", False), ("_window", True)):
+        constants, options = {**dots, **tile, "WINDOW": window}, threshold_whole.OPTIONS
+        for kind, kernel, more in (
+            ("count", threshold_whole._count_whole_kernel, {}),
+            ("write", threshold_whole._write_whole_kernel, {"BP": 64}),
+        ):  # fmt: skip
+            out[f"threshold_encode.{kind}_whole{name}"] = case(
+                kernel, {**constants, **more}, options=options, narrow=NARROW, needs=("fused",)
+            )
     return out
 
 

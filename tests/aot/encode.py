@@ -8,6 +8,7 @@ from typing import Any
 import triton
 from aot.case import Case, types
 from microtome.kernels import bf16, fp8, topk_encode, topk_encode_fp8, topk_narrow, topk_select
+from microtome.kernels.dots import _whole_kernel
 
 n, f, k = 8192, 24576, 32
 FUSED = {"enable_fp_fusion": True}
@@ -164,7 +165,7 @@ def after() -> dict[str, Case]:
         ),
         "threshold": (topk_select._threshold_kernel, {"BN": 1, "BG": groups}, {}, FUSED),
         "select": (topk_select._select_kernel, select, {}, FUSED),
-        "repair_value": (topk_select._repair_value_kernel, {**dots, "BC": BC}, {}, FUSED),
+        "repair_value": (_whole_kernel, {**dots, "ORDERED": True, "BC": BC}, {}, FUSED),
         "repair_pick": (topk_select._repair_pick_kernel, pick, {}, FUSED),
     }  # fmt: skip
     return {

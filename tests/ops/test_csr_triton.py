@@ -51,7 +51,7 @@ def usual_threshold() -> tuple[Tensor, ...]:
     """The same of threshold_encode, for a window about a threshold of 8."""
     theta = torch.full((CASE.f,), 8.0, device=DEVICE)
     args = (*inputs_of(CASE), theta, 2.0, None)
-    usual = threshold_encode.run(448, 6, *args)
+    usual = threshold_encode.run(448, *args)
     wanted = threshold_encode_reference(*args, "exact", "auto", None, None)
     assert all(torch.equal(usual[i], wanted[i]) for i in (1, 2, 4, 5))
     assert bool((usual[6] < CASE.f // 2).all())
@@ -94,19 +94,28 @@ def test_batch_topk_has_the_same_bits_however_rows_are_computed(change: dict[str
     assert 0 < whole < CASE.n if some else whole == CASE.n
 
 
-@pytest.mark.parametrize(
-    ("kept", "slots", "whole"), [(64, 6, None), (16, 6, 6), (16, 2, 6), (500, 6, 6)]
-)
+@pytest.mark.parametrize(("kept", "whole"), [(64, None), (16, 6), (500, 6)])
 def test_threshold_encode_has_the_same_bits_however_rows_are_computed(
-    kept: int, slots: int, whole: int | None
+    kept: int, whole: int | None
 ) -> None:
     theta = torch.full((CASE.f,), 8.0, device=DEVICE)
     args = (*inputs_of(CASE), theta, 2.0, None)
     *usual, _ = usual_threshold()
-    *got, counts = threshold_encode.run(kept, slots, *args)
+    *got, counts = threshold_encode.run(kept, *args)
     assert all(map(torch.equal, usual, got))
     if whole:
         assert int((counts == CASE.f).sum()) == whole
+
+
+def test_where_every_row_overflows_tiles_of_rows_have_the_bits_of_the_lists() -> None:
+    # Two tiles of rows, the second not full, and three chunks of features for two programs.
+    case = Case("start", 20, 24, 1100, 8)
+    args = (*inputs_of(case), None, 0.25, None)  # a ReLU: half of all features fire
+    *usual, _ = threshold_encode.run(case.f, *args)
+    *got, counts = threshold_encode.run(64, *args)
+    assert all(map(torch.equal, usual, got))
+    assert bool((counts == case.f).all())
+    assert int(got[2][-1]) > case.n * case.f // 3
 
 
 def test_tiles_read_by_the_copy_engine_give_the_same_bits() -> None:
@@ -114,7 +123,7 @@ def test_tiles_read_by_the_copy_engine_give_the_same_bits() -> None:
     got = batch_topk_encode.run(plan, *inputs_of(CASE), CASE.k, tma=True)
     assert all(map(torch.equal, usual_batch(), got))
     theta = torch.full((CASE.f,), 8.0, device=DEVICE)
-    got = threshold_encode.run(448, 6, *inputs_of(CASE), theta, 2.0, None, tma=True)
+    got = threshold_encode.run(448, *inputs_of(CASE), theta, 2.0, None, tma=True)
     assert all(map(torch.equal, usual_threshold(), got))
 
 
@@ -146,7 +155,7 @@ def test_features_just_above_and_just_within_the_window_are_all_found() -> None:
     theta = ((1 + b).view(torch.int32) + steps.int()).view(torch.float32)  # ulps about the value
     for width in (0.0, 1e-5):
         args = (z, W_enc, b, None, theta, width, None)
-        got = threshold_encode.run(512, 2, *args)
+        got = threshold_encode.run(512, *args)
         wanted = threshold_encode_reference(*args, "exact", "auto", None, None)
         assert all(map(torch.equal, got[:6], wanted[:6]))
         assert 0 < int(got[2][-1]) < 1200
@@ -176,7 +185,7 @@ def test_rows_whose_scores_could_overflow_are_computed_whole() -> None:
     wanted = batch_topk_encode_reference(*args, CASE.k, "exact", "auto", None, None)
     assert torch.equal(got[2], wanted[2])
     assert int(counts[3]) == CASE.f
-    *got, counts = threshold_encode.run(448, 6, *args, None, 0.0, None)
+    *got, counts = threshold_encode.run(448, *args, None, 0.0, None)
     wanted = threshold_encode_reference(*args, None, 0.0, None, "exact", "auto", None, None)
     assert torch.equal(got[1], wanted[1])
     assert (counts == CASE.f).nonzero().flatten().tolist() == [3]
@@ -224,13 +233,13 @@ def test_while_a_graph_is_captured_a_capacity_is_demanded_and_overflow_is_marked
         "Pass capacity=."
     )
     with pytest.raises(ArgumentError, match=f"^{re.escape(text)}$"):
-        threshold_encode.run(8, 1, *args, None)
-    values, indices, offsets, *_, candidates = threshold_encode.run(8, 1, *args, 20)
+        threshold_encode.run(8, *args, None)
+    values, indices, offsets, *_, candidates = threshold_encode.run(8, *args, 20)
     assert values.tolist() == [1.0] * 20
     assert indices.tolist() == [*range(8), *range(8), 0, 1, 2, 3]
     assert offsets.tolist() == [0, 8, 16, 20]
     assert candidates.tolist() == [8, 8, -1]
-    assert threshold_encode.run(8, 1, *args, 24)[6].tolist() == [8, 8, 8]
+    assert threshold_encode.run(8, *args, 24)[6].tolist() == [8, 8, 8]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -244,7 +253,7 @@ def test_while_a_graph_is_captured_rows_that_are_not_finite_are_marked(
     plan = batch_topk_encode.plan(CASE.n, CASE.f, CASE.k)
     *_, counts = batch_topk_encode.run(plan, x, W_enc, b_enc, b_dec, CASE.k)
     assert (counts < 0).nonzero().flatten().tolist() == [2, 4]
-    *_, counts = threshold_encode.run(256, 6, x, W_enc, b_enc, b_dec, None, 0.0, 4200)
+    *_, counts = threshold_encode.run(256, x, W_enc, b_enc, b_dec, None, 0.0, 4200)
     assert (counts < 0).nonzero().flatten().tolist() == [2, 4]
 
 

@@ -155,7 +155,8 @@ def _cpu_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Te
 
 def _cuda_reduce(values: Tensor, ranks: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     (e, S, U, A, _, o), p = values.shape, ranks.shape[3]
-    values, places = values.contiguous(), _native.saturated(ranks)
+    # A clamp in the kernel, which holds all the registers there are, would spill.
+    values, places = values.contiguous(), _native.saturated(ranks).clamp(0, max(p - 1, 0))
     mean, m2 = (
         torch.empty(e, S, p, o, dtype=torch.float64, device=values.device) for _ in range(2)
     )
