@@ -279,9 +279,10 @@ def launch(
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
     latents.
 
-    All memory is taken before the first parameter is written: an out-of-memory error leaves them as
-    they were. With a screen a step that went beyond float32 is an error: on a GPU that of a later
-    call (_pending.py), while a CUDA graph is captured none.
+    Rows in bfloat16 are widened as they are read. All memory is taken before the first parameter is
+    written: an out-of-memory error leaves them as they were. With a screen a step that went beyond
+    float32 is an error: on a GPU that of a later call (_pending.py), while a CUDA graph is captured
+    none.
 
     verdict: [1] float32 on the device; where it is not 0, nothing is written and nothing has fired.
     """
@@ -299,7 +300,10 @@ def launch(
     state = {"STATE": "float32" if m_W_enc is None else _check.dtype_name(m_W_enc.dtype)}
     row_bytes = d if m_W_enc is None else m_W_enc.shape[1]
     (m_W, v_W), (m_b, v_b), (m_D, v_D), (m_d, v_d) = (
-        [x if t is None else t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in pair]
+        [
+            b_enc if t is None else t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+            for t in pair
+        ]
         for pair in ((m_W_enc, v_W_enc), (m_b_enc, v_b_enc), (m_W_dec, v_W_dec), (m_b_dec, v_b_dec))
     )
     refresh = shadow is not None and stats is not None and kind == "bf16"
@@ -318,14 +322,15 @@ def launch(
         )  # fmt: skip
         dec_partial = partial_sums(e.segments, e.weight, e.source, grad_out, other)
         enc_partial = partial_sums(e.segments, e.grad_weight, e.source, x, x)
-        base = grad_out.sum(0)
+        base = grad_out.sum(0, dtype=torch.float32)
         centre = torch.empty(g.programs if center else 0, d, dtype=torch.float32, device=x.device)
         fired, touched = (torch.zeros(f, dtype=torch.int32, device=x.device) for _ in range(2))
-        verdict = x.new_zeros(1) if verdict is None else verdict
+        verdict = b_enc.new_zeros(1) if verdict is None else verdict
         # From here on parameters change, and nothing is allocated.
         _encoder_kernel[(g.programs,)](
             e.grad_weight, e.source, e.flags, e.segments.offsets, enc_partial, x,
-            W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else x, stats if refresh else x,
+            W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else b_enc,
+            stats if refresh else b_enc,
             centre, fired, touched, verdict,
             n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
             _signed(step_key(step, 0)), *rule, decay, shrink, correction, **kinds, **state,

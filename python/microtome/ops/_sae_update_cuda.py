@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _native
 from microtome._look import look_after_writing
-from microtome.ops._registry import why_not_common
+from microtome.ops import _sae_update_inputs as inputs
 
 CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
 
@@ -15,13 +15,12 @@ CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
 def why_not(*args: object) -> str | None:
     """None when the kernels take a call's arguments, all by position, else the reason."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    for m in args[15:23]:
-        if isinstance(m, Tensor) and m.dtype in (torch.bfloat16, torch.int8):
-            return f"moments in {str(m.dtype).removeprefix('torch.')} (has float32)"
-    reason = why_not_common("cuda", tensors, (torch.float32,))
+    reason = inputs.why_not("cuda", args)
     indices, aux_indices, x, W_enc = args[0], args[5], args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
+    if x.dtype == torch.bfloat16:
+        return "rows in bfloat16 (has float32)"
     if args[24] is not None and args[23] != "bf16":
         return f"screen kind {args[23]!r} (refreshes 'bf16')"
     (n, d), f = x.shape, W_enc.shape[0]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _autocast, _check
 from microtome import _pending as pending
 from microtome._look import Look
 from microtome.errors import ArgumentError, DtypeError
 from microtome.ops import _sae_update_states as states
+from microtome.ops._registry import why_not_common
 from microtome.ops.screen_weights import REFRESHED, Screen, stride
 
 Params: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 OPTIMIZERS = ("adam", "adamw", "sgd", "signsgd")
+# Places among the op's arguments: values, grad_values and grad_out of both codes and x; moments of
+# the weights.
+_ROWS, _WEIGHT_MOMENTS = (1, 2, 3, 6, 7, 8, 10), (15, 16, 19, 20)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Code:
 
     Attributes:
         indices: [n, k] int32 or int64.
-        values: [n, k] activations after the ReLU.
-        grad_values: [n, k] gradient of the values, zero where the value is zero.
-        grad_out: [n, d] gradient of this code's reconstruction.
+        values: [n, k] activations after the ReLU, in the dtype of x.
+        grad_values: [n, k] gradient of the values, zero where the value is zero; likewise.
+        grad_out: [n, d] gradient of this code's reconstruction; likewise.
         scale: every gradient of this code is multiplied by it (1 / total variance, say).
     """
 
@@ -121,18 +126,25 @@ def check_shapes(code: Code, x: Tensor, params: Params, aux: Code | None) -> dic
 
 
 def check_types(code: Code, x: Tensor, params: Params, aux: Code | None) -> None:
-    op = "sae_update"
-    floats = {"x": x, **dict(zip(_NAMES, params, strict=True))}
-    indices = {"indices": code.indices}
+    op, weights = "sae_update", dict(zip(_NAMES, params, strict=True))
+    rows, indices = {"x": x}, {"indices": code.indices}
     for prefix, c in (("", code), ("aux_", aux)):
         if c is not None:
-            floats |= {f"{prefix}values": c.values, f"{prefix}grad_values": c.grad_values}
-            floats[f"{prefix}grad_out"] = c.grad_out
+            rows |= {f"{prefix}values": c.values, f"{prefix}grad_values": c.grad_values}
+            rows[f"{prefix}grad_out"] = c.grad_out
             indices[f"{prefix}indices"] = c.indices
-    _check.dtype(op, (torch.float32, torch.float64), x=x)
-    _check.same_dtype(op, **floats)
+    _check.dtype(op, (torch.float32, torch.bfloat16, torch.float64), x=x)
+    kinds = _autocast.dtypes(op, rows)
+    if torch.bfloat16 not in kinds.values():
+        _check.same_dtype(op, **rows, **weights)
+    elif len(set(kinds.values())) > 1:
+        got = ", ".join(f"{name} {_check.dtype_name(kind)}" for name, kind in kinds.items())
+        msg = f"{op}: x and the codes must share one dtype, got {got}. Cast them with .to()."
+        raise DtypeError(msg)
+    else:
+        _check.dtype(op, (torch.float32,), **weights)
     _check.dtype(op, _check.INDICES, **indices)
-    _check.device(op, **floats, **indices)
+    _check.device(op, **rows, **weights, **indices)
 
 
 def check_rule(rule: UpdateRule, step: int) -> None:
@@ -224,6 +236,23 @@ def _check_moments(params: Params, moments: list[Tensor | None], rule: UpdateRul
             strided = "" if m.is_contiguous() else ", not contiguous"
             msg = f"{op}: {name} must be {want}, contiguous, got {have}{strided}; {remedy}"
             raise ArgumentError(msg)
+
+
+def why_not(backend: str, args: Sequence[object], *, every_state: bool = False) -> str | None:
+    """Why a native backend cannot take the op's arguments, as far as device and dtypes go.
+
+    Rows may be bfloat16, parameters only float32; moments only float32 too, unless `every_state`.
+    """
+    kept = [m for i in _WEIGHT_MOMENTS if isinstance(m := args[i], Tensor)]
+    narrow = [m.dtype for m in kept if m.dtype in (torch.bfloat16, torch.int8)]
+    if narrow and not every_state:
+        return f"moments in {_check.dtype_name(narrow[0])} (has float32)"
+    rows = [t for i in _ROWS if isinstance(t := args[i], Tensor)]
+    others = (*_ROWS, *_WEIGHT_MOMENTS)
+    rest = [t for i, t in enumerate(args) if isinstance(t, Tensor) and i not in others]
+    return why_not_common(backend, rest, (torch.float32,)) or why_not_common(
+        backend, [*rows, *kept], (torch.float32, torch.bfloat16)
+    )
 
 
 def check_contents(

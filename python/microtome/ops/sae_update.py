@@ -10,7 +10,7 @@ from microtome._seed import step_key
 from microtome.ops import _sae_update_cuda
 from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops import _sae_update_states as states
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op
 from microtome.ops._sae_update_inputs import OPTIMIZERS, Code, Params, UpdateRule, moments_for
 from microtome.ops.screen_weights import KINDS, Screen
 
@@ -42,7 +42,9 @@ def sae_update(
 
     Args:
         code: the main code; shapes n, k.
-        x: [n, d] float32, what the encoder saw: already centred by b_dec if the SAE does that.
+        x: [n, d] float32 or bfloat16, what the encoder saw: already centred by b_dec if the SAE
+            does that. Rows in bfloat16, these and those of the codes, halve the bytes that are
+            gathered; the step is that of the same numbers in float32.
         params: W_enc [f, d], b_enc [f], W_dec [f, d], b_dec [d], float32, updated in place.
         moments: eight tensors or None: first and second moments of W_enc, b_enc, W_dec, b_dec in
             that order (m, v, m, v, ...), updated in place. `moments_for` makes them: those of the
@@ -136,6 +138,9 @@ def sae_update_reference(
     f = W_enc.shape[0]
     if inputs.refused(verdict):
         return torch.zeros(f, dtype=torch.int32, device=x.device)
+    values, grad_values, grad_out, x = (
+        t.to(W_enc.dtype) for t in (values, grad_values, grad_out, x)
+    )
     # Parameters may be leaves that require grad.
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (W_enc, b_enc, W_dec, b_dec))
     dW_enc, dW_dec, db_enc = (
@@ -149,7 +154,8 @@ def sae_update_reference(
         assert aux_values is not None
         assert aux_grad_values is not None
         assert aux_grad_out is not None
-        codes.append((aux_indices, aux_values, aux_grad_values, aux_grad_out, aux_scale))
+        aux = [t.to(W_enc.dtype) for t in (aux_values, aux_grad_values, aux_grad_out)]
+        codes.append((aux_indices, aux[0], aux[1], aux[2], aux_scale))
     for idx, val, grad_val, grad, s in codes:
         for j in range(idx.shape[1]):
             column = idx[:, j].long()
@@ -196,7 +202,6 @@ def sae_update_reference(
     return torch.bincount(indices.flatten()[(values > 0).flatten()].long(), minlength=f).int()
 
 
-_WEIGHT_MOMENTS = (15, 16, 19, 20)  # of m_W_enc, v_W_enc, m_W_dec, v_W_dec among the arguments
 _MUTATED = (
     "W_enc", "b_enc", "W_dec", "b_dec", "m_W_enc", "v_W_enc", "m_b_enc", "v_b_enc",
     "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats",
@@ -227,7 +232,9 @@ def sae_update_cpu(
     def address(tensor: Tensor | str | float | None) -> int:
         if not isinstance(tensor, Tensor):
             return 0
-        packed.append(tensor.contiguous())
+        # Rows in bfloat16 are widened once: the entries that name one are many.
+        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        packed.append(wide.contiguous())
         return packed[-1].data_ptr()
 
     def addresses(idx: Tensor | None, *others: Tensor | None) -> tuple[int, ...]:
@@ -248,11 +255,7 @@ def sae_update_cpu(
 
 
 def _why_not_cpu(*args: object) -> str | None:
-    m_W_enc = args[15]
-    if isinstance(m_W_enc, Tensor) and m_W_enc.dtype in (torch.bfloat16, torch.int8):
-        return f"moments in {_check.dtype_name(m_W_enc.dtype)} (has float32)"
-    reason = why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
-    x, W_enc = args[10], args[11]
+    reason, x, W_enc = inputs.why_not("cpu", args), args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
     (n, d), f = x.shape, W_enc.shape[0]
@@ -267,8 +270,7 @@ def _why_not_triton(*args: object) -> str | None:
         return f"d={x.shape[1]} (a program holds a row of up to 16384)"
     if shadow is not None and kind != "bf16":
         return f"screen kind {kind!r} (refreshes 'bf16')"
-    tensors = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in _WEIGHT_MOMENTS]
-    return why_not_common("triton", tensors, (torch.float32,))
+    return inputs.why_not("triton", args, every_state=True)
 
 
 _update = Op(
