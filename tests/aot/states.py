@@ -46,7 +46,7 @@ def cases() -> dict[str, Case]:
         tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
         options = {**sae_update.OPTIONS, "num_warps": g.warps}
         for state in states:
-            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse}
+            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse, "COPY": False}
             pointers = {**types(STORED[state], "m_W v_W"), "flags": "i8", "shadow": "i16",
                         "fired": "i32"}  # fmt: skip
             out[f"sae_update.encoder.{d}.{state}"] = Case(
@@ -62,7 +62,7 @@ def cases() -> dict[str, Case]:
 
 
 def narrow_rows() -> dict[str, Case]:
-    """The same with rows in bfloat16, and without a screen."""
+    """The same with rows in bfloat16 and copies of the weights, and without a screen."""
     rows = types("bf16", "table aux x grad_out aux_grad_out value grad_value aux_value "
                  "aux_grad_value")  # fmt: skip
     out = {
@@ -79,8 +79,8 @@ def narrow_rows() -> dict[str, Case]:
         g = sae_update.geometry(f, d, False)
         tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
         options = {**sae_update.OPTIONS, "num_warps": g.warps}
-        both = {**ADAM, **tiles, "STATE": "float32", "ROWSPARSE": False}
-        pointers = {**rows, "flags": "i8", "fired": "i32"}
+        both = {**ADAM, **tiles, "STATE": "float32", "ROWSPARSE": False, "COPY": True}
+        pointers = {**rows, "flags": "i8", "fired": "i32", "copy": "i16"}
         out[f"sae_update.encoder.{d}.mixed"] = Case(
             sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": False, "BE": 32},
             pointers, options, SCALARS, narrow=MIXED,

@@ -1,4 +1,4 @@
-"""sae_update with rows in bfloat16: the step of the same numbers in float32; what it refuses."""
+"""sae_update with rows and copies in bfloat16: the step is that of float32; what is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from microtome._seed import generator
-from microtome.errors import DtypeError
-from microtome.ops import Code, UpdateRule, moments_for, sae_update, use_backend
+from microtome.errors import ArgumentError, DtypeError
+from microtome.ops import (
+    Code,
+    UpdateRule,
+    moments_for,
+    sae_update,
+    screen_weights,
+    use_backend,
+)
 from microtome.ops.sae_update import _update
 from microtome.testing import assert_accurate, backends_of, factor_of
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-# The CUDA kernels have float32 rows alone.
-on_every_backend = pytest.mark.parametrize("backend", backends_of(_update)[1:])
+on_every_backend = pytest.mark.parametrize("backend", backends_of(_update))
 
 
 class Step:
@@ -74,7 +80,7 @@ class Step:
 @on_every_backend
 def test_a_step_on_bfloat16_rows_is_that_on_the_same_numbers_in_float32(backend: str) -> None:
     for size, rule, aux in (
-        ((150, 37, 5), UpdateRule(lr=0.01, weight_decay=0.1), False),  # one latent has two chunks
+        ((130, 9, 5), UpdateRule(lr=0.01, weight_decay=0.1), False),  # one latent has two chunks
         ((6, 20, 9), UpdateRule("signsgd", lr=0.01, rowsparse=True), True),
     ):
         narrow = Step(*size, rule).take(backend, aux=aux)
@@ -96,6 +102,55 @@ def test_a_step_on_bfloat16_rows_is_as_accurate_as_plain_pytorch_in_float32(back
     for name, t in got.items():
         assert t.dtype == torch.float32
         assert_accurate(t, plain[name], exact[name], name, factor_of(backend, t))
+
+
+@on_every_backend
+@pytest.mark.parametrize("d", [20, 21])
+def test_copies_are_the_new_weights_rounded_to_nearest_even(backend: str, d: int) -> None:
+    for rule in (UpdateRule(lr=0.01), UpdateRule("adamw", lr=0.01, rowsparse=True)):
+        alone = Step(6, d, 9, rule).take(backend)
+        step = Step(6, d, 9, rule)
+        copies = (step.params[0].bfloat16(), step.params[2].bfloat16())
+        before = [c.clone() for c in copies]
+        # Latent 8 is in no code: what stands in its copy stays where its row does.
+        for c in copies:
+            c[8] = 7.0
+        after = step.take(backend, copies=copies)
+        assert all(torch.equal(after[name], t) for name, t in alone.items())
+        for name, copy, old in zip(("W_enc", "W_dec"), copies, before, strict=True):
+            touched = (after[name].bfloat16() != old).any(1)
+            assert int(touched.sum()) > 3
+            right = after[name].bfloat16()
+            if rule.rowsparse:
+                right[8] = 7.0
+            assert torch.equal(copy, right), name
+
+
+@on_every_backend
+def test_a_screen_and_copies_are_refreshed_beside_each_other(backend: str) -> None:
+    step = Step(6, 20, 9, UpdateRule(lr=0.01))
+    with use_backend("reference"):
+        screen = screen_weights(step.params[0], "bf16")
+    copies = (step.params[0].bfloat16(), step.params[2].bfloat16())
+    after = step.take(backend, screen=screen, copies=copies)
+    assert torch.equal(copies[0], after["W_enc"].bfloat16())
+    assert torch.equal(copies[0], screen.shadow[:, :20].view(torch.bfloat16))
+
+
+def test_a_copy_of_another_shape_dtype_or_layout_is_refused() -> None:
+    step = Step(6, 20, 9, UpdateRule())
+    good = step.params[0].bfloat16()
+    for copy, got in (
+        (good[:8], r"\[8, 20\] bfloat16 on cpu"),
+        (good.float(), r"\[9, 20\] float32 on cpu"),
+        (good.t().contiguous().t(), r"\[9, 20\] bfloat16 on cpu, not contiguous"),
+    ):
+        message = (
+            r"^sae_update: the copy of W_dec must be \[9, 20\] bfloat16 on cpu, contiguous, got "
+            rf"{got}; make it with W_dec\.bfloat16\(\)\.$"
+        )
+        with pytest.raises(ArgumentError, match=message):
+            step.take("reference", copies=(good, copy))
 
 
 def test_rows_of_two_dtypes_and_parameters_in_bfloat16_are_refused() -> None:

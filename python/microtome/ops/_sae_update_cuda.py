@@ -19,8 +19,6 @@ def why_not(*args: object) -> str | None:
     indices, aux_indices, x, W_enc = args[0], args[5], args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
-    if x.dtype == torch.bfloat16:
-        return "rows in bfloat16 (has float32)"
     if args[24] is not None and args[23] != "bf16":
         return f"screen kind {args[23]!r} (refreshes 'bf16')"
     (n, d), f = x.shape, W_enc.shape[0]
@@ -43,6 +41,7 @@ def update(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
+    W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,
@@ -92,7 +91,9 @@ def update(
             )],
             [_native.address(shadow), _native.address(stats),
              0 if shadow is None else shadow.stride(0)],
-            _native.address(centre), _native.address(verdict), [rowsparse, project, renorm],
+            [_native.address(W_enc_bf16), _native.address(W_dec_bf16)],
+            _native.address(centre), _native.address(verdict),
+            [rowsparse, project, renorm, x.dtype == torch.bfloat16],
             _native.stream(x),
         )  # fmt: skip
     if stats is not None:

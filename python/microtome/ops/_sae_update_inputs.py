@@ -22,8 +22,8 @@ Params: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 OPTIMIZERS = ("adam", "adamw", "sgd", "signsgd")
 # Places among the op's arguments: values, grad_values and grad_out of both codes and x; moments of
-# the weights.
-_ROWS, _WEIGHT_MOMENTS = (1, 2, 3, 6, 7, 8, 10), (15, 16, 19, 20)
+# the weights; the weights' copies.
+_ROWS, _WEIGHT_MOMENTS, _COPIES = (1, 2, 3, 6, 7, 8, 10), (15, 16, 19, 20), (26, 27)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def moments_for(
             is one moment (`_sae_update_states` has the layout).
         meta: on the meta device.
 
-    A step reads and writes, a weight, with Adam and a bf16 screen: 26, 18 or 14.03 bytes (14.25
-    at d = 64, 14.07 at d = 768).
+    A step reads and writes, a weight, with Adam and a bf16 screen or copy: 26, 18 or 14.03 bytes
+    (14.25 at d = 64, 14.07 at d = 768).
 
     Raises:
         ArgumentError: an unknown state.
@@ -164,7 +164,11 @@ def check_rule(rule: UpdateRule, step: int) -> None:
 
 
 def check_state(
-    params: Params, moments: list[Tensor | None], rule: UpdateRule, screen: Screen | None
+    params: Params,
+    moments: list[Tensor | None],
+    rule: UpdateRule,
+    screen: Screen | None,
+    copies: tuple[Tensor, Tensor] | None,
 ) -> None:
     """What is updated in place must be laid out as the kernels take it."""
     op = "sae_update"
@@ -176,6 +180,9 @@ def check_state(
             )
             raise ArgumentError(msg)
     _check_moments(params, moments, rule)
+    for name, p, copy in zip(("W_enc", "W_dec"), params[::2], copies or (), strict=False):
+        like = torch.empty_like(p, dtype=torch.bfloat16, device="meta")
+        _check_like(f"the copy of {name}", copy, like, p, f"make it with {name}.bfloat16().")
     if screen is not None:
         W_enc = params[0]
         f, d = W_enc.shape
@@ -226,16 +233,20 @@ def _check_moments(params: Params, moments: list[Tensor | None], rule: UpdateRul
         raise DtypeError(msg)
     for (name, p), m, e in zip(named, moments, moments_for(params, rule, state, meta=True),
                                strict=True):  # fmt: skip
-        if m is None or e is None:
-            continue
-        if (m.shape, m.dtype, m.device) != (e.shape, e.dtype, p.device) or not m.is_contiguous():
-            want, have = (
-                f"{list(t.shape)} {_check.dtype_name(t.dtype)} on {where}"
-                for t, where in ((e, p.device), (m, m.device))
-            )
-            strided = "" if m.is_contiguous() else ", not contiguous"
-            msg = f"{op}: {name} must be {want}, contiguous, got {have}{strided}; {remedy}"
-            raise ArgumentError(msg)
+        if m is not None and e is not None:
+            _check_like(name, m, e, p, remedy)
+
+
+def _check_like(name: str, t: Tensor, like: Tensor, p: Tensor, remedy: str) -> None:
+    """Raise unless t has the shape and dtype of `like`, is contiguous, and where p is."""
+    if (t.shape, t.dtype, t.device) != (like.shape, like.dtype, p.device) or not t.is_contiguous():
+        want, have = (
+            f"{list(s.shape)} {_check.dtype_name(s.dtype)} on {where}"
+            for s, where in ((like, p.device), (t, t.device))
+        )
+        strided = "" if t.is_contiguous() else ", not contiguous"
+        msg = f"sae_update: {name} must be {want}, contiguous, got {have}{strided}; {remedy}"
+        raise ArgumentError(msg)
 
 
 def why_not(backend: str, args: Sequence[object], *, every_state: bool = False) -> str | None:
@@ -247,11 +258,11 @@ def why_not(backend: str, args: Sequence[object], *, every_state: bool = False) 
     narrow = [m.dtype for m in kept if m.dtype in (torch.bfloat16, torch.int8)]
     if narrow and not every_state:
         return f"moments in {_check.dtype_name(narrow[0])} (has float32)"
-    rows = [t for i in _ROWS if isinstance(t := args[i], Tensor)]
-    others = (*_ROWS, *_WEIGHT_MOMENTS)
-    rest = [t for i, t in enumerate(args) if isinstance(t, Tensor) and i not in others]
+    may_be_narrow = (*_ROWS, *_WEIGHT_MOMENTS, *_COPIES)
+    rest = [t for i, t in enumerate(args) if isinstance(t, Tensor) and i not in may_be_narrow]
+    others = [t for i in may_be_narrow if isinstance(t := args[i], Tensor)]
     return why_not_common(backend, rest, (torch.float32,)) or why_not_common(
-        backend, [*rows, *kept], (torch.float32, torch.bfloat16)
+        backend, others, (torch.float32, torch.bfloat16)
     )
 
 

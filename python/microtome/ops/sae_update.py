@@ -28,6 +28,7 @@ def sae_update(
     aux: Code | None = None,
     center: bool = True,
     screen: Screen | None = None,
+    copies: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Take one optimizer step on W_enc, b_enc, W_dec, b_dec in place, with no dense gradient.
 
@@ -54,6 +55,8 @@ def sae_update(
         aux: a second code of the same rows (AuxK for dead latents), or None.
         center: the encoder's input was x - b_dec, so b_dec's gradient has an encoder part.
         screen: the encoder's shadow, refreshed in the same pass, or None.
+        copies: W_enc.bfloat16() and W_dec.bfloat16() [f, d], refreshed in the same pass, or None:
+            what `topk_encode` and `sae_loss` take for a step whose rows are bfloat16.
 
     Returns:
         fired [f] int32: entries of the main code with a value above zero, per feature.
@@ -70,16 +73,16 @@ def sae_update(
     Not differentiable. Deterministic for any thread count: entries are sorted by latent, long
     segments are summed in fixed chunks, and the random bits of rounded moments are a hash of step
     and place. Reads and writes each parameter and moment once: with Adam 24 bytes a weight, 16 with
-    bfloat16 moments, 12 with 8-bit ones, and 2 more for the shadow. A step divides by the moments
-    before they are rounded. On CPU, results below 2^-126 become zero: the moments of features that
-    no longer fire would otherwise decay into slow denormals.
+    bfloat16 moments, 12 with 8-bit ones, and 2 more for the shadow and for each copy. A step
+    divides by the moments before they are rounded. On CPU, results below 2^-126 become zero: the
+    moments of features that no longer fire would otherwise decay into slow denormals.
     Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093; Dettmers et al.
     2022, arXiv:2110.02861 (8-bit states).
     """
     sizes = inputs.check_shapes(code, x, params, aux)
     inputs.check_types(code, x, params, aux)
     inputs.check_rule(rule, step)
-    inputs.check_state(params, moments, rule, screen)
+    inputs.check_state(params, moments, rule, screen, copies)
     verdict = None
     if not torch.compiler.is_compiling():
         code, aux, verdict = inputs.check_contents(code, x, aux, sizes["f"])
@@ -89,6 +92,7 @@ def sae_update(
           if aux else (None,) * 4 + (0.0,)),
         x, *params, *moments,
         *((screen.kind, screen.shadow, screen.stats) if screen else ("", None, None)),
+        *(copies or (None, None)),
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, step,
         rule.rowsparse, rule.project, rule.renorm, center, verdict,
     )  # fmt: skip
@@ -130,6 +134,7 @@ def sae_update_reference(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
+    W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,
@@ -195,6 +200,9 @@ def sae_update_reference(
     apply_rule(b_dec, db_dec, m_b_dec, v_b_dec, *hyper, 0.0, step)
     if renorm:
         W_dec[rows] = W_dec[rows] / W_dec[rows].norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    for copy, p in ((W_enc_bf16, W_enc), (W_dec_bf16, W_dec)):
+        if copy is not None:
+            copy[rows] = p[rows].bfloat16()
     if shadow is not None and stats is not None:
         new_shadow, new_stats = torch.ops.microtome.screen_weights(W_enc, kind)
         shadow.copy_(new_shadow)
@@ -204,7 +212,7 @@ def sae_update_reference(
 
 _MUTATED = (
     "W_enc", "b_enc", "W_dec", "b_dec", "m_W_enc", "v_W_enc", "m_b_enc", "v_b_enc",
-    "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats",
+    "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats", "W_enc_bf16", "W_dec_bf16",
 )  # fmt: skip
 
 
@@ -223,7 +231,7 @@ def sae_update_cpu(
 ) -> Tensor:  # fmt: skip
     """One pass in C++, csrc/cpu/sae_update.cpp."""
     # After these comes the verdict: none on a CPU, where everything was looked at before.
-    moments, (kind, shadow, stats, *rule) = rest[:8], rest[8:22]
+    moments, (kind, shadow, stats, *copies), rule = rest[:8], rest[8:13], rest[13:24]
     n, k = indices.shape
     f, d = W_enc.shape
     fired = torch.empty(f, dtype=torch.int32)
@@ -232,22 +240,25 @@ def sae_update_cpu(
     def address(tensor: Tensor | str | float | None) -> int:
         if not isinstance(tensor, Tensor):
             return 0
-        # Rows in bfloat16 are widened once: the entries that name one are many.
-        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        packed.append(wide.contiguous())
+        packed.append(tensor.contiguous())
         return packed[-1].data_ptr()
 
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        """Once for all the entries that name a row."""
+        return None if tensor is None else tensor.float()
+
     def addresses(idx: Tensor | None, *others: Tensor | None) -> tuple[int, ...]:
-        return (address(idx), idx.element_size() if idx is not None else 4, *map(address, others))
+        size = idx.element_size() if idx is not None else 4
+        return (address(idx), size, *(address(widened(t)) for t in others))
 
     bad = _native.module().sae_update(
         n, d, f, k, *addresses(indices, values, grad_values, grad_out), scale,
         0 if aux_indices is None else aux_indices.shape[1],
         *addresses(aux_indices, aux_values, aux_grad_values, aux_grad_out), aux_scale,
-        *map(address, (x, W_enc, b_enc, W_dec, b_dec, *moments)),
+        *map(address, (widened(x), W_enc, b_enc, W_dec, b_dec, *moments)),
         KINDS.index(kind) if isinstance(shadow, Tensor) else -1,
         shadow.shape[1] if isinstance(shadow, Tensor) else 0, address(shadow), address(stats),
-        *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
+        *map(address, copies), *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
     )  # fmt: skip
     if bad >= 0:
         _check.rows("sae_update", "W_enc", (~torch.isfinite(W_enc)).any(-1).nonzero().flatten())
