@@ -211,8 +211,8 @@ STATES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a moment
 def state_bytes(f: int, d: int, state: str = "float32", *, shadows: int = 2) -> int:
     """Both weights and both of Adam's moments of each, read and written, and 16-bit shadows.
 
-    26 bytes a parameter with float32 moments and a shadow of each matrix, 18 with bfloat16, 14 with
-    8-bit moments.
+    26 bytes a parameter with float32 moments and a shadow (or bfloat16 copy) of each matrix, 18
+    with bfloat16, 14 with 8-bit moments; one less where only the encoder has a shadow.
     """
     return 2 * f * d * (8 + 4 * STATES[state]) + shadows * 2 * f * d
 
@@ -223,11 +223,37 @@ def touched(n: int, f: int, k: int) -> float:
 
 
 def update_need(
-    n: int, d: int, f: int, k: int, state: str = "float32", *, rowsparse: bool = False
-) -> Need:
-    """Gradients, optimizer, renorm and the encoder's shadow; rows of x are read from the cache."""
-    stream = state_bytes(f, d, state, shadows=1) * (touched(n, f, k) if rowsparse else 1.0)
-    return Need(hbm=stream + 2 * 4 * n * d + 16 * n * k)
+    n: int, d: int, f: int, k: int, state: str = "float32", *, rowsparse: bool = False,
+    mixed: bool = False,
+) -> Need:  # fmt: skip
+    """Gradients, optimizer, renorm and the encoder's shadow.
+
+    Rows of x and of grad_out count once each, as if the cache held them; what the entries name of
+    them, `gather_bytes` of each, is read while the parameters stream.
+
+    Args:
+        n: rows.
+        d: model width.
+        f: features.
+        k: active.
+        state: of the moments.
+        rowsparse: only rows that an entry touches are moved.
+        mixed: rows and the code in bfloat16, and a copy of both weights in place of the shadow.
+    """
+    width, shadows = (2, 2) if mixed else (4, 1)
+    stream = state_bytes(f, d, state, shadows=shadows) * (touched(n, f, k) if rowsparse else 1.0)
+    return Need(hbm=stream + 2 * width * n * d + (2 * width + 8) * n * k)
+
+
+def step_needs(
+    n: int, d: int, f: int, k: int, cache: float, state: str = "float32", *, mixed: bool = False
+) -> list[Need]:
+    """Of the ops of a TopK step; `mixed`: on bfloat16 rows and copies of the weights."""
+    return [
+        encode_need(n, d, f, k),
+        decode_need(n, d, f, k, 2 if mixed else 4, cache, loss=True),
+        update_need(n, d, f, k, state, mixed=mixed),
+    ]
 
 
 def step_ms(needs: list[Need], limits: Mapping[str, float]) -> float:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from microtome.kernels.bf16 import norm_above
 from microtome.kernels.sae_update_entries import sort_entries
-from microtome.kernels.sae_update_rows import dot, gradient, plus, rows_at, shadowed, start
+from microtome.kernels.sae_update_rows import copied, dot, gradient, plus, rows_at, shadowed, start
 from microtome.kernels.sae_update_states import BLOCK, moments, moved, moved_by
 from microtome.kernels.segments import CHUNK, partial_sums
 from torch import Tensor
@@ -35,12 +35,12 @@ SCALARS = ["key"]  # changes every step: not to be compiled for
 @triton.jit(do_not_specialize=SCALARS)
 def _encoder_kernel(
     grad_weight, source, flags, offsets, partial, x, W_enc, b_enc, m_W, v_W, m_b, v_b, shadow,
-    stats, centre, fired, touched, verdict,
+    stats, copy, centre, fired, touched, verdict,
     n, f, d, turns, shadow_stride, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    CENTER: tl.constexpr, SHADOW: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
-    BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    CENTER: tl.constexpr, SHADOW: tl.constexpr, COPY: tl.constexpr, FLIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
@@ -91,6 +91,8 @@ def _encoder_kernel(
             p = moved(p, m, v, g, m_W, v_W, row, change, mask, d, row_bytes, key, rule, OPTIMIZER,
                       MOMENTUM, STATE, 0, BD)  # fmt: skip
             tl.store(at, p, mask=mask)
+            if COPY:
+                copied(copy, p, row, change, d, 0, BD)
             if SHADOW:
                 p, lost = shadowed(shadow, p, row, change, mask, d, shadow_stride, 0, BD)
             if BT > 0:
@@ -103,6 +105,8 @@ def _encoder_kernel(
                 p_ = moved(p_, m_, v_, g_, m_W, v_W, row, change, mask_, d, row_bytes, key, rule,
                            OPTIMIZER, MOMENTUM, STATE, BD, BT)  # fmt: skip
                 tl.store(at_, p_, mask=mask_)
+                if COPY:
+                    copied(copy, p_, row, change, d, BD, BT)
             if SHADOW:
                 tail, lost_ = p, lost
                 if BT > 0:
@@ -129,12 +133,13 @@ def _encoder_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _decoder_kernel(
-    weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, touched,
+    weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, copy, touched,
     verdict, n, f, d, turns, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    PROJECT: tl.constexpr, RENORM: tl.constexpr, TABLES: tl.constexpr, FLIGHT: tl.constexpr,
-    CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    PROJECT: tl.constexpr, RENORM: tl.constexpr, COPY: tl.constexpr, TABLES: tl.constexpr,
+    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
@@ -191,6 +196,10 @@ def _decoder_kernel(
             tl.store(at, p, mask=mask)
             if BT > 0:
                 tl.store(at_, p_, mask=mask_)
+            if COPY:
+                copied(copy, p, row, live, d, 0, BD)
+                if BT > 0:
+                    copied(copy, p_, row, live, d, BD, BT)
 
 
 @triton.jit
@@ -272,6 +281,7 @@ def launch(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
+    W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int,
     rowsparse: bool, project: bool, renorm: bool, center: bool, verdict: Tensor | None = None,
@@ -279,9 +289,10 @@ def launch(
     """`sae_update`: sort the entries by latent; a program updates all parameters of a run of
     latents.
 
-    All memory is taken before the first parameter is written: an out-of-memory error leaves them as
-    they were. With a screen a step that went beyond float32 is an error: on a GPU that of a later
-    call (_pending.py), while a CUDA graph is captured none.
+    Rows in bfloat16 are widened as they are read. All memory is taken before the first parameter is
+    written: an out-of-memory error leaves them as they were. With a screen a step that went beyond
+    float32 is an error: on a GPU that of a later call (_pending.py), while a CUDA graph is captured
+    none.
 
     verdict: [1] float32 on the device; where it is not 0, nothing is written and nothing has fired.
     """
@@ -299,10 +310,16 @@ def launch(
     state = {"STATE": "float32" if m_W_enc is None else _check.dtype_name(m_W_enc.dtype)}
     row_bytes = d if m_W_enc is None else m_W_enc.shape[1]
     (m_W, v_W), (m_b, v_b), (m_D, v_D), (m_d, v_d) = (
-        [x if t is None else t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in pair]
+        [
+            b_enc if t is None else t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+            for t in pair
+        ]
         for pair in ((m_W_enc, v_W_enc), (m_b_enc, v_b_enc), (m_W_dec, v_W_dec), (m_b_dec, v_b_dec))
     )
     refresh = shadow is not None and stats is not None and kind == "bf16"
+    enc_copy, dec_copy = (
+        b_enc if t is None else t.view(torch.int16) for t in (W_enc_bf16, W_dec_bf16)
+    )
     tiles = {
         "FLIGHT": g.FLIGHT,
         "CHUNK": CHUNK,
@@ -318,25 +335,27 @@ def launch(
         )  # fmt: skip
         dec_partial = partial_sums(e.segments, e.weight, e.source, grad_out, other)
         enc_partial = partial_sums(e.segments, e.grad_weight, e.source, x, x)
-        base = grad_out.sum(0)
+        base = grad_out.sum(0, dtype=torch.float32)
         centre = torch.empty(g.programs if center else 0, d, dtype=torch.float32, device=x.device)
         fired, touched = (torch.zeros(f, dtype=torch.int32, device=x.device) for _ in range(2))
-        verdict = x.new_zeros(1) if verdict is None else verdict
+        verdict = b_enc.new_zeros(1) if verdict is None else verdict
         # From here on parameters change, and nothing is allocated.
         _encoder_kernel[(g.programs,)](
             e.grad_weight, e.source, e.flags, e.segments.offsets, enc_partial, x,
-            W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else x, stats if refresh else x,
+            W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else b_enc,
+            stats if refresh else b_enc, enc_copy,
             centre, fired, touched, verdict,
             n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
             _signed(step_key(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
-            ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, BE=32, **tiles, **options,
+            ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, COPY=W_enc_bf16 is not None, BE=32,
+            **tiles, **options,
         )  # fmt: skip
         _decoder_kernel[(g.programs,)](
             e.weight, e.source, e.segments.offsets, dec_partial, grad_out, other, W_dec, m_D, v_D,
-            touched, verdict, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
+            dec_copy, touched, verdict, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
             *rule, decay, shrink, correction, **kinds, **state, ROWSPARSE=rowsparse,
-            PROJECT=project, RENORM=renorm, TABLES=1 if other is grad_out else 2, **tiles,
-            **options,
+            PROJECT=project, RENORM=renorm, COPY=W_dec_bf16 is not None,
+            TABLES=1 if other is grad_out else 2, **tiles, **options,
         )  # fmt: skip
         _bias_kernel[(triton.cdiv(d, 32),)](
             b_dec, base, centre, m_d, v_d, verdict, d, len(centre), scale, *rule, correction,

@@ -41,17 +41,17 @@ def _entries_kernel(
     mask = place < entries
     entry = tl.load(order + place, mask=mask, other=0)
     first = mask & (entry < main)
-    v = tl.load(value + entry, mask=first, other=0.0)
-    g = tl.load(grad_value + entry, mask=first, other=0.0)
+    v = tl.load(value + entry, mask=first, other=0.0).to(tl.float32)
+    g = tl.load(grad_value + entry, mask=first, other=0.0).to(tl.float32)
     row = entry // k
     flag = tl.where(v > 0.0, 1, 0) | tl.where(v != 0.0, 2, 0)
     times = tl.where(first, scale, aux_scale)
     if AUX:
         second = mask & (entry >= main)
         rest = entry - main
-        aux_v = tl.load(aux_value + rest, mask=second, other=0.0)
+        aux_v = tl.load(aux_value + rest, mask=second, other=0.0).to(tl.float32)
         v += aux_v
-        g += tl.load(aux_grad_value + rest, mask=second, other=0.0)
+        g += tl.load(aux_grad_value + rest, mask=second, other=0.0).to(tl.float32)
         flag = flag | tl.where(aux_v != 0.0, 2, 0)
         row = tl.where(first, row, n + rest // a)
     tl.store(weight + place, v * times, mask=mask)
@@ -69,12 +69,12 @@ def sort_entries(
 
     Args:
         indices: [n, k].
-        values: [n, k] float32.
-        grad_values: [n, k] float32.
+        values: [n, k] float32 or bfloat16.
+        grad_values: [n, k], dtype of values.
         scale: of the code's gradients.
         aux_indices: [n, a], or None.
-        aux_values: [n, a] float32, or None.
-        aux_grad_values: [n, a] float32, or None.
+        aux_values: [n, a], dtype of values, or None.
+        aux_grad_values: [n, a], dtype of values, or None.
         aux_scale: of the aux code's gradients.
         f: latents.
     """

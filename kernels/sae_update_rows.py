@@ -80,6 +80,14 @@ def dot(a, b, tail_a, tail_b, BT: tl.constexpr):
 
 
 @triton.jit
+def copied(copy, p, row, live, d, START: tl.constexpr, BD: tl.constexpr):
+    """Store rows [BL, BD] as bf16. NaN stays NaN: the copy stands for the row."""
+    bits, _ = round_to_bf16(p)
+    at, mask = rows_at(copy, row, live, d, d, START, BD)
+    tl.store(at, tl.where(p == p, bits, 0x7FC0).to(tl.int16), mask=mask)
+
+
+@triton.jit
 def shadowed(shadow, p, row, live, mask, d, shadow_stride, START: tl.constexpr, BD: tl.constexpr):
     """Store rows [BL, BD] as bf16; the rows, zero where masked, and what rounding lost of them."""
     p = tl.where(mask, p, 0.0)

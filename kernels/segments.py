@@ -188,8 +188,8 @@ def partial_sums(
         segments: the sorted entries, m of them.
         weight: [m] float32 in sorted order.
         source: [m] int32, a row of `table`, or n plus a row of `aux`.
-        table: [n, d] contiguous.
-        aux: [n, d] contiguous; `table` itself where sources from n on are its rows again.
+        table: [n, d] contiguous, float32 or bfloat16.
+        aux: [n, d] likewise; `table` itself where sources from n on are its rows again.
 
     An entry whose latent lies outside [0, f) belongs to no segment and is added to nothing.
 

@@ -24,6 +24,7 @@ from benchmarks.floors import (  # noqa: E402
     gather_bytes,
     state_bytes,
     step_ms,
+    step_needs,
     touched,
     update_need,
 )
@@ -34,29 +35,34 @@ PAPER = {
     "copy_gbs": 4300.0, "l2_gbs": 5500.0,
     "bf16_tflops": 790.0, "fp32_tflops": 50.0, "fp64_tflops": 50.0,
 }  # fmt: skip
-# (n, d, f, k): product ms, one gather of bf16 rows ms, 26 and 14 bytes a parameter ms
+# (n, d, f, k): product ms, one gather of bf16 rows ms, 26 and 14 bytes a parameter ms, mixed step
 BY_HAND = {
-    (8192, 768, 24576, 32): (0.39, 0.09, 0.23, 0.12),
-    (8192, 2304, 65536, 64): (3.13, 0.56, 1.83, 0.98),
-    (16384, 4096, 131072, 64): (22.3, 2.0, 6.5, 3.5),
-    (4096, 4096, 1048576, 32): (44.5, 0.25, 51.9, 28.0),
+    (8192, 768, 24576, 32): (0.39, 0.09, 0.23, 0.12, 0.77),
+    (8192, 2304, 65536, 64): (3.13, 0.56, 1.83, 0.98, 5.84),
+    (16384, 4096, 131072, 64): (22.3, 2.0, 6.5, 3.5, 31.9),
+    (4096, 4096, 1048576, 32): (44.5, 0.25, 51.9, 28.0, 96.9),
 }
 
 
 @pytest.mark.parametrize("shape", BY_HAND, ids=("S", "M", "L", "XL"))
 def test_floors_are_those_worked_by_hand(shape: tuple[int, int, int, int]) -> None:
     n, d, f, k = shape
-    product, gather, wide, narrow = BY_HAND[shape]
+    product, gather, wide, narrow, mixed = BY_HAND[shape]
     near = lambda value, hand: value == pytest.approx(hand, rel=0.04, abs=0.006)  # noqa: E731
     assert near(encode_need(n, d, f, k).ms(PAPER), product)
     assert near(Need(hbm=gather_bytes(n, d, k, 2)).ms(PAPER), gather)
     assert near(Need(hbm=state_bytes(f, d)).ms(PAPER), wide)
     assert near(Need(hbm=state_bytes(f, d, "int8")).ms(PAPER), narrow)
+    assert near(step_ms(step_needs(*shape, 0.0, mixed=True), PAPER), mixed)
 
 
 def test_bytes_of_a_parameter_are_counted() -> None:
     each = {s: state_bytes(10, 10, s) / 200 for s in ("float32", "bfloat16", "int8")}
     assert each == {"float32": 26, "bfloat16": 18, "int8": 14}
+    # n = 10 rows of d = 10, a code of k = 2: x and the gradient once each, then values, gradients,
+    # indices and places of 20 entries; the weights with one shadow, or with two copies.
+    wide, narrow = (update_need(10, 10, 10, 2, mixed=mixed).hbm for mixed in (False, True))
+    assert (wide, narrow) == (200 * 25 + 800 + 16 * 20, 200 * 26 + 400 + 12 * 20)
     # 12 % of the features are touched at the largest shape, by hand 6.1 ms where all take 51.9
     assert touched(4096, 1048576, 32) == pytest.approx(0.1175, abs=1e-3)
     assert 51.9 * touched(4096, 1048576, 32) == pytest.approx(6.1, abs=0.05)

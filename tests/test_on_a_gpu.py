@@ -48,14 +48,16 @@ def sae(device: str) -> dict[str, Tensor]:
     return {name: t.contiguous().to(device) for name, t in SIZES.inputs().items()}
 
 
-def update(t: dict[str, Tensor]) -> Any:
-    """One step of Adam on copies of the parameters, from moments that are 0."""
+def update(t: dict[str, Tensor], rows: torch.dtype = torch.float32) -> Any:
+    """One step of Adam on clones of the parameters, from moments that are 0."""
     params = tuple(t[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     rule = UpdateRule("adam", lr=1e-2)
     moments = moments_for(params, rule)
-    code = Code(t["indices"].int(), t["values"], t["values"] * 0.5, t["x"], 0.7)
-    fired = ops.sae_update(code, t["x"], params, moments, rule, 1)
-    return fired, params, moments
+    values, x = t["values"].to(rows), t["x"].to(rows)
+    code = Code(t["indices"].int(), values, values * 0.5, x, 0.7)
+    copies = None if rows == torch.float32 else (params[0].to(rows), params[2].to(rows))
+    fired = ops.sae_update(code, x, params, moments, rule, 1, copies=copies)
+    return fired, params, moments, copies or ()
 
 
 def named(cases: tuple[Any, ...], name: str) -> Any:
@@ -74,6 +76,7 @@ def sae_calls(device: str) -> dict[str, Call]:
         "sparse_decode_grad_W_dec": lambda: at.sparse_decode_grad_W_dec(values, indices, x, len(W)),
         "sae_loss": lambda: ops.sae_loss(x, values, indices, W, t["b_dec"]),
         "sae_update": lambda: update(t),
+        "sae_update on bfloat16 rows": lambda: update(t, torch.bfloat16),
     }
 
 
@@ -291,13 +294,16 @@ def test_a_table_that_reaches_outside_is_told_later_and_harms_nothing(
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
-@pytest.mark.parametrize("name", [*ENCODERS, "sae_loss", "sae_update"])
+@pytest.mark.parametrize(
+    "name", [*ENCODERS, "sae_loss", "sae_update", "sae_update on bfloat16 rows"]
+)
 def test_a_captured_op_answers_what_lies_in_its_inputs_at_replay(name: str, device: str) -> None:
     t = sae(device)
     call = {
         **{name: partial(encoder, t) for name, encoder in ENCODERS.items()},
         "sae_loss": lambda: ops.sae_loss(t["x"], t["values"], t["indices"], t["W_dec"]),
         "sae_update": lambda: update(t),
+        "sae_update on bfloat16 rows": lambda: update(t, torch.bfloat16),
     }[name]
     graph, out = captured(call)
     for flipped in (False, True):
@@ -342,19 +348,20 @@ def test_a_step_on_wrong_inputs_changes_not_a_bit(device: str) -> None:
     t = sae(device)
     before = {name: t[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     t["x"][3, 5] = float("nan")
-    fired, params, _ = update(t)
+    fired, params, *_ = update(t)
     assert all(map(torch.equal, params, before.values()))
     assert not fired.any()
     with pytest.raises(NonFiniteError, match="sae_update: x holds NaN or infinity in row 3"):
         synchronize()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
-def test_a_training_step_waits_once(device: str) -> None:
+def test_a_training_step_waits_once(device: str, precision: str) -> None:
     # For the loss, how many latents fire and how many are dead, in one reading.
     x = sae(device)["x"]
     model = SAE(d_model=SIZES.d, n_features=SIZES.f, activation=TopK(SIZES.k)).to(device)
-    step = FusedStep(model, TrainConfig(steps=2))
+    step = FusedStep(model, TrainConfig(steps=2, precision=precision))
     step.take(x, 1.0, 1)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as seen, waits("warn"):

@@ -63,6 +63,7 @@ FIGURES = {
     "memory_ratio": "peak memory over (parameters + states + x and gradient + 64 MiB)",
 }
 
+MIXED = "bf16 rows over float32 parameters"
 GOALS = (
     Goal("topk_encode", "S", CUBLAS, 1.45, what="exact top-k encode"),
     Goal("topk_encode", "M", CUBLAS, 1.25, what="exact top-k encode"),
@@ -71,16 +72,23 @@ GOALS = (
     Goal("sae_loss", "M", "floor", 1.35, what="decode, loss and gradient of the values, float32"),
     Goal("sae_update", "M", "floor", 1.3, what="segments, gradients and Adam"),
     Goal("sae_update", "M", "dense_latent_ratio", 1.05, what="segments with one dense latent"),
+    Goal("sae_update mixed", "M", "floor", 1.3, what=f"segments, gradients and Adam, {MIXED}"),
     Goal("sae_update int8", "M", "floor", 1.4, what="8-bit optimizer states"),
     Goal("batch_topk_encode", "M", CUBLAS, 1.3, what="BatchTopK encode"),
     Goal("batch_topk_encode", "M", TORCH, 2.0, least=True, what="BatchTopK encode"),
     Goal("threshold_encode", "M", CUBLAS, 1.3, what="JumpReLU encode"),
-    Goal("step", "M", "floor", 1.35, what="full TopK step"),
-    Goal("step", "L", "floor", 1.35, what="full TopK step"),
-    Goal("step", "M", SPARSIFY, 1.7, least=True, what="full TopK step"),
-    Goal("step", "M", OPENAI, 1.4, least=True, what="full TopK step"),
-    Goal("step", "M", "memory_share", 0.05, what="extra memory of a step"),
-    Goal("step", "M", "memory_ratio", 1.05, what="all memory of a step"),
+    *(
+        goal
+        for item, kind in (("step mixed", MIXED), ("step", "float32"))
+        for goal in (
+            Goal(item, "M", "floor", 1.35, what=f"full TopK step, {kind}"),
+            Goal(item, "L", "floor", 1.35, what=f"full TopK step, {kind}"),
+            Goal(item, "M", SPARSIFY, 1.7, least=True, what=f"full TopK step, {kind}"),
+            Goal(item, "M", OPENAI, 1.4, least=True, what=f"full TopK step, {kind}"),
+            Goal(item, "M", "memory_share", 0.05, what=f"extra memory of a step, {kind}"),
+            Goal(item, "M", "memory_ratio", 1.05, what=f"all memory of a step, {kind}"),
+        )
+    ),
     Goal("patch_rows", "768", "floor", 1.15, what="expand and patch"),
     Goal("feature_clamp", "M", "floor", 1.2, what="SAE-feature clamp"),
     Goal("coalition_inputs", "784", "floor", 1.3, what="masked inputs"),

@@ -17,7 +17,7 @@ from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.encode import check_rows, check_topk, preactivations
 from benchmarks.on_gpu.inputs import Batch, Shape
 from benchmarks.on_gpu.probes import Call, Probe, floats, problem, raises_for_nan
-from benchmarks.on_gpu.update import RULE, STEP, check_update, code_of
+from benchmarks.on_gpu.update import RULE, STEP, check_update, code_of, narrow
 from microtome.ops import (
     moments_for,
     sae_loss,
@@ -180,19 +180,23 @@ def loss(
     return Call(sae_loss, args)
 
 
-def update(kind: str, shape: Shape, device: Device) -> Call | None:
-    """sae_update: one Adam step on copies."""
+def update(kind: str, shape: Shape, device: Device, *, mixed: bool = False) -> Call | None:
+    """sae_update: one Adam step on clones; `mixed`: rows in bfloat16, copies of the weights."""
     if kind in ("ties", "nan"):
         return None
     b = problem(kind, shape, device)
     code, x = code_of(b, dense=kind == "dense"), b.x - b.b_dec
+    if mixed:
+        code, x = narrow(code), x.bfloat16()
     moments = moments_for(b.weights, RULE)
 
     def call() -> list[Tensor]:
         params: Any = tuple(w.clone() for w in b.weights)
         kept = [m.clone() if isinstance(m, Tensor) else m for m in moments]
-        fired = sae_update(code, x, params, kept, RULE, STEP)
-        return [*params, *(m for m in kept if isinstance(m, Tensor)), fired]
+        copies = (params[0].bfloat16(), params[2].bfloat16()) if mixed else None
+        fired = sae_update(code, x, params, kept, RULE, STEP, copies=copies)
+        held = [m for m in kept if isinstance(m, Tensor)]
+        return [*params, *held, fired, *(copies or ())]
 
     def judge(backend: str) -> dict[str, Any]:
         with use_backend(backend):
@@ -291,6 +295,7 @@ def probes() -> list[Probe]:
         Probe("sae_loss", "sae_loss", loss),
         Probe("sae_loss bf16", "sae_loss", at(loss, **bf16)),
         Probe("sae_update", "sae_update", update),
+        Probe("sae_update mixed", "sae_update", at(update, mixed=True)),
         Probe("batch_topk_encode", "batch_topk_encode", batch_topk),
         Probe("threshold_encode", "threshold_encode", threshold),
         Probe("feature_clamp", "feature_clamp", clamp),

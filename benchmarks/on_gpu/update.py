@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.agreement import DisagreementError, within
-from benchmarks.floors import STATES, update_need
+from benchmarks.floors import STATES, gather_bytes, update_need
 from benchmarks.on_gpu import inputs
 from benchmarks.on_gpu.device import Run
 from benchmarks.on_gpu.encode import profile
@@ -81,8 +82,18 @@ def copies(state: list[Any]) -> list[Any]:
     return copied
 
 
+def narrow(code: Code) -> Code:
+    """The code in bfloat16."""
+    parts = {name: getattr(code, name) for name in ("values", "grad_values", "grad_out")}
+    return replace(code, **{name: t.bfloat16() for name, t in parts.items()})
+
+
 def update(
-    context: Context, name: str, state: str = "float32", rowsparse: bool = False
+    context: Context,
+    name: str,
+    state: str = "float32",
+    rowsparse: bool = False,
+    mixed: bool = False,
 ) -> list[Row]:
     """One update step by every backend that is there.
 
@@ -91,15 +102,16 @@ def update(
         name: of the shape.
         state: of the moments.
         rowsparse: leave rows alone that no entry touched.
+        mixed: rows in bfloat16, and copies of the weights in place of a screen.
     """
     item = "sae_update" + {"float32": "", "bfloat16": " bf16"}.get(state, f" {state}")
-    item += " rowsparse" if rowsparse else ""
+    item += " rowsparse" * rowsparse + " mixed" * mixed
     base = {"part": 2, "item": item, "shape": name}
     shape, out = inputs.sized(context, name), []
     for backend in backends_here("sae_update"):
         b = inputs.batch(context.device, shape)
-        plain = state == "float32" and not rowsparse
-        subject = update_subject(context, b, backend, state, rowsparse)
+        plain = state == "float32" and not rowsparse and not mixed
+        subject = update_subject(context, b, backend, state, rowsparse, mixed=mixed)
         if plain and name in ("S", "M"):
             code = code_of(b)
             subject.beside = {
@@ -108,6 +120,9 @@ def update(
             }
         if plain and name == "M":
             subject.figures = functools.partial(dense_latent, context, b, backend)
+        if mixed:  # of x and of grad_out, where the floor counts each row once
+            gathered = 2 * gather_bytes(shape.n, shape.d, shape.k, 2) / 1e9
+            subject.figures = lambda _, gathered=gathered: {"gathered_gb": gathered}
         out += measure(context, base, subject, repeats=4 if shape.name != "S" else REPEATS)
         del b, subject
         context.device.free()
@@ -121,13 +136,18 @@ def update_subject(
     state: str,
     rowsparse: bool = False,
     dense: bool = False,
+    mixed: bool = False,
 ) -> Subject:
     """An update that goes on and on, its check on a few features, and repeats from one start."""
     code, x = code_of(b, dense=dense), b.x - b.b_dec
+    if mixed:
+        code, x = narrow(code), x.bfloat16()
     start: Params = b.weights
     params: Params = tuple(w.clone() for w in start)  # type: ignore[assignment]
     moments = state_for(params, state)
-    screen = screen_weights(b.W_enc, "bf16")
+    kept: dict[str, Any] = {"screen": screen_weights(b.W_enc, "bf16")}
+    if mixed:
+        kept = {"copies": (b.W_enc.bfloat16(), b.W_dec.bfloat16())}
     rule = UpdateRule(lr=RULE.lr, rowsparse=rowsparse)
     count = STEP
 
@@ -135,24 +155,29 @@ def update_subject(
         nonlocal count
         count += 1
         with use_backend(backend):
-            return sae_update(code, x, params, moments, rule, count, screen=screen)
+            return sae_update(code, x, params, moments, rule, count, **kept)
 
     def fresh() -> list[Any]:
         mine = tuple(w.clone() for w in start)
-        kept = copies(initial)
+        state = copies(initial)
         with use_backend(backend):
-            fired = sae_update(code, x, mine, kept, rule, STEP, screen=screen)
-        return [*mine, *kept, fired]
+            fired = sae_update(code, x, mine, state, rule, STEP, **kept)
+        return [*mine, *state, fired, *(c.clone() for c in kept.get("copies", ()))]
 
     initial = copies(moments) if b.shape.name in ("", "S", "M") else moments
 
     def check() -> dict[str, Any]:
         if initial is moments:  # too large to keep a second copy: part 1 checked it
             return {}
-        return check_update(code, x, start, initial, fresh(), rule, exact_state=state == "float32")
+        after = fresh()
+        for copy, p in zip(kept.get("copies", ()), after[:3:2], strict=False):
+            if not torch.equal(copy, p.bfloat16()):
+                msg = "a copy is not the new weights in bfloat16"
+                raise DisagreementError(msg)
+        return check_update(code, x, start, initial, after, rule, exact_state=state == "float32")
 
     n, d, f, k = b.x.shape[0], b.shape.d, b.shape.f, b.shape.k
-    need = update_need(n, d, f, k, state, rowsparse=rowsparse)
+    need = update_need(n, d, f, k, state, rowsparse=rowsparse, mixed=mixed)
     repeat = None if initial is moments else fresh
     return Subject(run, check, need, repeat=repeat, backend=backend)
 
@@ -308,6 +333,7 @@ def items() -> list[Item]:
     out = [
         Item(2, "sae_update", "M", lambda c: update(c, "M"), 30, gib=16),
         Item(2, "sae_update", "S", lambda c: update(c, "S"), 12, gib=4),
+        Item(2, "sae_update mixed", "M", lambda c: update(c, "M", mixed=True), 14, gib=14),
         Item(2, "sae_update", "L", lambda c: update(c, "L"), 25, gib=30),
         Item(2, "sae_update rowsparse", "M", lambda c: update(c, "M", rowsparse=True), 10, gib=12),
     ]

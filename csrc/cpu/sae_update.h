@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace microtome::cpu {
 
 constexpr int64_t kChunk = 256;  // entries of one latent summed in one go; longer segments are split
@@ -49,7 +51,8 @@ struct Pass {
     int64_t stride;
     int16_t* shadow;
     float* stats;
-    Step weights, biases;  // biases do not decay
+    bf16 *W_enc_bf16, *W_dec_bf16;  // copies of the new rows, or null
+    Step weights, biases;           // biases do not decay
     bool rowsparse, project, renorm, center;
 };
 
@@ -75,8 +78,8 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
                    double aux_scale, uintptr_t x, uintptr_t W_enc, uintptr_t b_enc, uintptr_t W_dec, uintptr_t b_dec,
                    uintptr_t m_W_enc, uintptr_t v_W_enc, uintptr_t m_b_enc, uintptr_t v_b_enc, uintptr_t m_W_dec,
                    uintptr_t v_W_dec, uintptr_t m_b_dec, uintptr_t v_b_dec, int kind, int64_t stride, uintptr_t shadow,
-                   uintptr_t stats, const char* optimizer, double lr, double beta1, double beta2, double eps,
-                   double weight_decay, int64_t step, bool rowsparse, bool project, bool renorm, bool center,
-                   uintptr_t fired, const char* isa, int threads);
+                   uintptr_t stats, uintptr_t W_enc_bf16, uintptr_t W_dec_bf16, const char* optimizer, double lr,
+                   double beta1, double beta2, double eps, double weight_decay, int64_t step, bool rowsparse,
+                   bool project, bool renorm, bool center, uintptr_t fired, const char* isa, int threads);
 
 }  // namespace microtome::cpu

@@ -10,13 +10,19 @@ namespace {
 
 struct Whole {
     static vf load(const float* p) { return microtome::load(p); }
-    static void store(float* p, vf a) { microtome::store(p, a); }
+    template <class T>
+    static void store(T* p, vf a) {
+        microtome::store(p, a);
+    }
 };
 
 struct Tail {
     int64_t n;
     vf load(const float* p) const { return load_n(p, n); }
-    void store(float* p, vf a) const { store_n(p, a, n); }
+    template <class T>
+    void store(T* p, vf a) const {
+        store_n(p, a, n);
+    }
 };
 
 // body(i, io) for every vector of d floats; io loads and stores, the last one only what is left.
@@ -255,6 +261,11 @@ void update_decoder_row(const Pass& a, const R& rule, int64_t g, const float* gr
     }
 }
 
+// The row while it is in the cache, rounded to nearest even.
+inline void copy_row(const float* row, int64_t d, bf16* copy) {
+    for_vectors(d, [&](int64_t i, auto io) { io.store(copy + i, io.load(row + i)); });
+}
+
 template <class R>
 void update_vector_with(const Step& s, float* p, const float* grad, Moments state, int64_t count) {
     const R rule(s);
@@ -282,12 +293,14 @@ int64_t update_features_with(const Pass& a, int64_t begin, int64_t end, float* e
         sum_segment(a, g, dec, enc);
         const bool last = g + 1 == end;
         update_encoder_row(a, rule, g, a.db_enc[g], enc, encoder_part, ahead_of_encoder(a, g, last));
+        if (a.W_enc_bf16) copy_row(a.W_enc + g * a.d, a.d, a.W_enc_bf16 + g * a.d);
         if (a.kind >= 0 &&
             !screen_row(a.W_enc + g * a.d, a.d, a.stride, a.kind, a.shadow + g * a.stride, a.stats + g * 4) &&
             bad < 0) {
             bad = g;
         }
         update_decoder_row(a, rule, g, dec, ahead_of_decoder(a, g, last));
+        if (a.W_dec_bf16) copy_row(a.W_dec + g * a.d, a.d, a.W_dec_bf16 + g * a.d);
         if (a.rowsparse) update_vector_with<R>(a.biases, a.b_enc + g, a.db_enc + g, at(a.bias, g), 1);
     }
     if (!a.rowsparse) {

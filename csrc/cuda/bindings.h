@@ -30,11 +30,12 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
                             const CodeArguments& code, const CodeArguments& aux, uintptr_t x,
                             const std::array<bool, 3>& kinds, const std::array<float, 9>& numbers,
                             const std::array<uintptr_t, 12>& states, const std::array<uintptr_t, 3>& screen,
-                            uintptr_t centre, uintptr_t verdict, const std::array<bool, 3>& options, uintptr_t stream) {
+                            const std::array<uintptr_t, 2>& copies, uintptr_t centre, uintptr_t verdict,
+                            const std::array<bool, 4>& options, uintptr_t stream) {
     const auto& a = entries;
     const auto& s = states;
-    const Entries e{a[0], a[1], a[2],  a[3],  a[4],     a[5],     a[6],     a[7],
-                    a[8], a[9], a[10], a[11], sizes[0], sizes[1], sizes[2], sizes[3]};
+    const Entries e{a[0], a[1],  a[2],  a[3],     a[4],     a[5],     a[6],     a[7],      a[8],
+                    a[9], a[10], a[11], sizes[0], sizes[1], sizes[2], sizes[3], options[3]};
     const auto& r = numbers;
     const Rule rule{kinds[0], kinds[1], kinds[2], r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
     const Update update{{s[0], s[1], s[2]},
@@ -44,6 +45,8 @@ inline void bind_sae_update(const std::array<uintptr_t, 12>& entries, const std:
                         screen[0],
                         screen[1],
                         static_cast<int64_t>(screen[2]),
+                        copies[0],
+                        copies[1],
                         centre,
                         verdict,
                         options[0],

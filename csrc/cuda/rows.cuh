@@ -1,7 +1,8 @@
-// Rows of float32, four columns a thread at a time, and sums over a block in a fixed order.
+// Rows of float32 or bf16, four columns a thread at a time, and sums over a block in a fixed order.
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/numbers.cuh"
 
 namespace microtome::cuda {
 
@@ -15,6 +16,31 @@ __device__ float4 load4(const float* row, int at, int d) {
                            at + 3 < d ? row[at + 3] : 0.0f);
     }
 }
+
+// bf16 stays packed until it is added: rows in flight take half the registers.
+template <bool kWhole>
+__device__ uint2 load4(const Bf16* row, int at, int d) {
+    if constexpr (kWhole) {
+        return at < d ? *reinterpret_cast<const uint2*>(row + at) : make_uint2(0u, 0u);
+    } else {
+        const unsigned a = at < d ? row[at] : 0u, b = at + 1 < d ? row[at + 1] : 0u;
+        const unsigned c = at + 2 < d ? row[at + 2] : 0u, e = at + 3 < d ? row[at + 3] : 0u;
+        return make_uint2(a | b << 16, c | e << 16);
+    }
+}
+
+template <class Row>
+struct Packed;  // four columns as they are loaded
+template <>
+struct Packed<float> {
+    using Type = float4;
+    static __device__ Type zero() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+};
+template <>
+struct Packed<Bf16> {
+    using Type = uint2;
+    static __device__ Type zero() { return make_uint2(0u, 0u); }
+};
 
 // The same of what is read once, so that it leaves the cache to what is read again.
 template <bool kWhole>
@@ -38,11 +64,32 @@ __device__ void store4(float* row, int at, int d, const float4& v) {
     }
 }
 
+template <bool kWhole>
+__device__ void store4(Bf16* row, int at, int d, const Bf16 (&v)[4]) {
+    if constexpr (kWhole) {
+        if (at < d) {
+            *reinterpret_cast<uint2*>(row + at) =
+                make_uint2(v[0] | static_cast<unsigned>(v[1]) << 16, v[2] | static_cast<unsigned>(v[3]) << 16);
+        }
+    } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (at + c < d) row[at + c] = v[c];
+        }
+    }
+}
+
 __device__ inline void add(float4& sum, float weight, const float4& v) {
     sum.x = __fmaf_rn(weight, v.x, sum.x);
     sum.y = __fmaf_rn(weight, v.y, sum.y);
     sum.z = __fmaf_rn(weight, v.z, sum.z);
     sum.w = __fmaf_rn(weight, v.w, sum.w);
+}
+
+__device__ inline void add(float4& sum, float weight, const uint2& v) {
+    add(sum, weight,
+        make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000u), __uint_as_float(v.y << 16),
+                    __uint_as_float(v.y & 0xFFFF0000u)));
 }
 
 __device__ inline float dot(const float4& a, const float4& b, float sum) {

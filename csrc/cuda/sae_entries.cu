@@ -6,14 +6,15 @@
 namespace microtome::cuda {
 namespace {
 
+template <class Row>
 __global__ void __launch_bounds__(256) entries_kernel(Entries e, Code code, Code aux) {
     const int64_t place = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (place >= e.m) return;
     const int64_t entry = at<const int64_t>(e.order)[place], main = e.n * code.k;
     const bool is_main = entry < main;
     const int64_t mine = is_main ? entry : entry - main;
-    const float value = at<const float>(is_main ? code.values : aux.values)[mine];
-    const float slope = at<const float>(is_main ? code.grad_values : aux.grad_values)[mine];
+    const float value = widen(at<const Row>(is_main ? code.values : aux.values)[mine]);
+    const float slope = widen(at<const Row>(is_main ? code.grad_values : aux.grad_values)[mine]);
     const float scale = is_main ? code.scale : aux.scale;
     at<float>(e.weight)[place] = scale * value;
     at<float>(e.grad_weight)[place] = scale * slope;
@@ -66,23 +67,23 @@ __global__ void __launch_bounds__(256) segments_kernel(Entries e) {
 constexpr int kAhead = 8, kColumns = 4 * 256;  // rows read at once; columns of a block
 
 // A chunk [a, a + kChunk) has slot ceil(a / kChunk), so it contains the entry slot * kChunk.
-template <bool kWhole>
+template <class Row, bool kWhole>
 __global__ void __launch_bounds__(256)
-    chunks_kernel(Entries e, const float* x, const float* grad_out, const float* aux_grad_out) {
+    chunks_kernel(Entries e, const Row* x, const Row* grad_out, const Row* aux_grad_out) {
     const int64_t slot = blockIdx.x, entry = slot * kChunk;
     const int d = static_cast<int>(e.d),
               column = static_cast<int>(blockIdx.y) * kColumns + 4 * static_cast<int>(threadIdx.x);
     const int64_t latent = at<const int32_t>(e.latents)[entry];
     const int64_t begin = at<const int32_t>(e.offsets)[latent], end = at<const int32_t>(e.offsets)[latent + 1];
     const int64_t first = begin + (entry - begin) / kChunk * kChunk;
-    if (end - begin <= kChunk || first + kChunk > end) return;
+    if (end - begin <= kChunk || first + kChunk > end || column >= d) return;
     const bool encoder = blockIdx.z == 1;
     const float* const weight = at<const float>(encoder ? e.grad_weight : e.weight) + first;
     const int32_t* const source = at<const int32_t>(e.source) + first;
-    const float *const table = encoder ? x : grad_out, *const aux = encoder ? x : aux_grad_out;
+    const Row *const table = encoder ? x : grad_out, *const aux = encoder ? x : aux_grad_out;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int i = 0; i < kChunk; i += kAhead) {
-        float4 row[kAhead];
+        typename Packed<Row>::Type row[kAhead];
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
             const int64_t from = source[i + j];
@@ -93,16 +94,15 @@ __global__ void __launch_bounds__(256)
     }
     float* const partial = at<float>(encoder ? e.enc_partial : e.dec_partial) + slot * e.d;
     if constexpr (kWhole) {
-        if (column < d) *reinterpret_cast<float4*>(partial + column) = sum;
+        *reinterpret_cast<float4*>(partial + column) = sum;
     } else {
         store4<false>(partial, column, d, sum);
     }
 }
 
-}  // namespace
-
-void sort_entries(const Entries& e, const Code& code, const Code& aux, uintptr_t x, uintptr_t stream) {
-    launch("sae_update: entries", entries_kernel, one_thread_each(e.m, stream), e, code, aux);
+template <class Row>
+void sort_rows(const Entries& e, const Code& code, const Code& aux, uintptr_t x, uintptr_t stream) {
+    launch("sae_update: entries", entries_kernel<Row>, one_thread_each(e.m, stream), e, code, aux);
     launch("sae_update: segments", segments_kernel, one_thread_each(32 * e.f, stream), e);
     if (e.m <= kChunk) return;
     bool whole = e.d % 4 == 0;
@@ -112,8 +112,14 @@ void sort_entries(const Entries& e, const Code& code, const Code& aux, uintptr_t
     const Geometry geometry{dim3(static_cast<unsigned>((e.m + kChunk - 1) / kChunk),
                                  static_cast<unsigned>((e.d + kColumns - 1) / kColumns), 2),
                             dim3(256), 0, stream};
-    launch("sae_update: chunks", whole ? chunks_kernel<true> : chunks_kernel<false>, geometry, e, at<const float>(x),
-           at<const float>(code.grad_out), at<const float>(aux.grad_out));
+    launch("sae_update: chunks", whole ? chunks_kernel<Row, true> : chunks_kernel<Row, false>, geometry, e,
+           at<const Row>(x), at<const Row>(code.grad_out), at<const Row>(aux.grad_out));
+}
+
+}  // namespace
+
+void sort_entries(const Entries& e, const Code& code, const Code& aux, uintptr_t x, uintptr_t stream) {
+    (e.narrow ? sort_rows<Bf16> : sort_rows<float>)(e, code, aux, x, stream);
 }
 
 }  // namespace microtome::cuda

@@ -11,8 +11,9 @@ namespace {
 
 constexpr int kTurnsShared = 64;  // floats of scratch a reduction: two sums of up to 32 warps
 
+template <class Row>
 struct Tables {
-    const float *x, *grad_out, *aux_grad_out;
+    const Row *x, *grad_out, *aux_grad_out;
 };
 
 // The entries of the latent that its block still has to add: all, or what its full chunks leave over.
@@ -51,9 +52,9 @@ __device__ void step_one(const Rule& rule, const State& state, int64_t i, float 
 __device__ int column(int i) { return 4 * (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)); }
 
 // The gradient of one row: full chunks first, then the other entries, `kAhead` rows in flight.
-template <int kItems, bool kWhole>
+template <int kItems, bool kWhole, class Row>
 __device__ void gradient(float4 (&g)[kItems], const float* partial, const Rest& rest, const float* weight,
-                         const float* table, const float* aux, int64_t n, int d) {
+                         const Row* table, const Row* aux, int64_t n, int d) {
     constexpr int kAhead = kItems < 8 ? 8 / kItems : 1;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) g[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -63,16 +64,16 @@ __device__ void gradient(float4 (&g)[kItems], const float* partial, const Rest& 
         for (int i = 0; i < kItems; ++i) add(g[i], 1.0f, stream4<kWhole>(row, column(i), d));
     }
     for (int first = 0; first < rest.entries; first += kAhead) {
-        float4 row[kAhead][kItems];
+        typename Packed<Row>::Type row[kAhead][kItems];
         float w[kAhead];
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
             w[j] = first + j < rest.entries ? weight[first + j] : 0.0f;
             const int64_t from = w[j] != 0.0f ? rest.source[first + j] : 0;
-            const float* const source = from < n ? table + from * d : aux + (from - n) * d;
+            const Row* const source = from < n ? table + from * d : aux + (from - n) * d;
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
-                row[j][i] = w[j] != 0.0f ? load4<kWhole>(source, column(i), d) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                row[j][i] = w[j] != 0.0f ? load4<kWhole>(source, column(i), d) : Packed<Row>::zero();
             }
         }
 #pragma unroll
@@ -119,19 +120,21 @@ __device__ void round4(Bf16* shadow, int column, int d, const float4& p, float (
             squares[1] = __fmaf_rn(lost, lost, squares[1]);
         }
     }
-    if (kWhole && column < d) {
-        *reinterpret_cast<uint2*>(shadow + column) =
-            make_uint2(bits[0] | static_cast<unsigned>(bits[1]) << 16, bits[2] | static_cast<unsigned>(bits[3]) << 16);
-    } else {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            if (column + c < d) shadow[column + c] = bits[c];
-        }
-    }
+    store4<kWhole>(shadow, column, d, bits);
 }
 
-template <int kItems, bool kWhole, bool kAdam>
-__device__ void update_encoder(const Entries& e, const Tables& tables, const Rule& rule, const Update& u,
+// Write four columns of a row's copy. NaN stays NaN: the copy stands for the row.
+template <bool kWhole>
+__device__ void copy4(Bf16* copy, int column, int d, const float4& p) {
+    const float value[4] = {p.x, p.y, p.z, p.w};
+    Bf16 bits[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) bits[c] = value[c] != value[c] ? Bf16{0x7FC0} : to_bf16(value[c]);
+    store4<kWhole>(copy, column, d, bits);
+}
+
+template <int kItems, bool kWhole, bool kAdam, class Row>
+__device__ void update_encoder(const Entries& e, const Tables<Row>& tables, const Rule& rule, const Update& u,
                                const Rest& rest, int64_t latent, float* scratch) {
     const int d = static_cast<int>(e.d);
     float4 g[kItems];
@@ -139,12 +142,14 @@ __device__ void update_encoder(const Entries& e, const Tables& tables, const Rul
     float squares[2] = {0.0f, 0.0f};
     float* const weights = at<float>(u.W_enc.p) + latent * e.d;
     Bf16* const shadow = at<Bf16>(u.shadow) + latent * u.stride;
+    Bf16* const copy = at<Bf16>(u.W_enc_bf16) + latent * e.d;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         float4 p = stream4<kWhole>(weights, column(i), d);
         step4<kAdam, kWhole>(rule, u.W_enc, latent * e.d, column(i), d, p, g[i]);
         store4<kWhole>(weights, column(i), d, p);
         if (u.shadow) round4<kWhole>(shadow, column(i), d, p, squares);
+        if (u.W_enc_bf16) copy4<kWhole>(copy, column(i), d, p);
     }
     if (u.shadow) {
         block_sum(squares, scratch);
@@ -155,8 +160,8 @@ __device__ void update_encoder(const Entries& e, const Tables& tables, const Rul
     }
 }
 
-template <int kItems, bool kWhole, bool kAdam>
-__device__ void update_decoder(const Entries& e, const Tables& tables, const Rule& rule, const Update& u,
+template <int kItems, bool kWhole, bool kAdam, class Row>
+__device__ void update_decoder(const Entries& e, const Tables<Row>& tables, const Rule& rule, const Update& u,
                                const Rest& rest, int64_t latent, float* scratch) {
     const int d = static_cast<int>(e.d);
     float4 g[kItems], p[kItems];
@@ -191,8 +196,12 @@ __device__ void update_decoder(const Entries& e, const Tables& tables, const Rul
                                __fdiv_rn(p[i].w, divisor));
         }
     }
+    Bf16* const copy = at<Bf16>(u.W_dec_bf16) + latent * e.d;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) store4<kWhole>(weights, column(i), d, p[i]);
+    for (int i = 0; i < kItems; ++i) {
+        store4<kWhole>(weights, column(i), d, p[i]);
+        if (u.W_dec_bf16) copy4<kWhole>(copy, column(i), d, p[i]);
+    }
 }
 
 // Whether the verdict is there and forbids to write.
@@ -206,9 +215,9 @@ struct Bounds {
     static constexpr int kBlocks = kThreads == 512 ? 1 : kItems == 4 ? 2 : kWhole ? 4 : 3;
 };
 
-template <int kItems, bool kWhole, bool kAdam>
+template <int kItems, bool kWhole, bool kAdam, class Row>
 __global__ void __launch_bounds__(Bounds<kItems, kWhole>::kThreads, Bounds<kItems, kWhole>::kBlocks)
-    update_kernel(Entries e, Tables tables, Rule rule, Update u, int turns) {
+    update_kernel(Entries e, Tables<Row> tables, Rule rule, Update u, int turns) {
     MICROTOME_DYNAMIC_SHARED(float4, centre);  // [kItems T], this thread's share of b_dec's gradient
     MICROTOME_SHARED(float, weight, kChunk);
     MICROTOME_SHARED(float, grad_weight, kChunk);
@@ -252,8 +261,9 @@ __global__ void __launch_bounds__(Bounds<kItems, kWhole>::kThreads, Bounds<kItem
 }
 
 // 32 columns of b_dec: rows of grad_out and of `centre` in 32 strands, strands as a tree.
+template <class Row>
 __global__ void __launch_bounds__(1024)
-    bias_kernel(const float* grad_out, const float* centre, float scale, int64_t n, int64_t programs, int64_t d,
+    bias_kernel(const Row* grad_out, const float* centre, float scale, int64_t n, int64_t programs, int64_t d,
                 Rule rule, State b_dec, uintptr_t verdict) {
     MICROTOME_SHARED(float, strands, 32 * 33);
     const int lane = static_cast<int>(threadIdx.x), strand = static_cast<int>(threadIdx.y);
@@ -262,7 +272,7 @@ __global__ void __launch_bounds__(1024)
     float sum = 0.0f, before = 0.0f;
     if (column < d) {
 #pragma unroll 8
-        for (int64_t row = strand; row < n; row += 32) sum += grad_out[row * d + column];
+        for (int64_t row = strand; row < n; row += 32) sum += widen(grad_out[row * d + column]);
 #pragma unroll 8
         for (int64_t row = strand; row < programs; row += 32) before += centre[row * d + column];
     }
@@ -280,25 +290,49 @@ __global__ void __launch_bounds__(1024)
 
 int64_t turns_of(int64_t f) { return std::max<int64_t>((f + kPrograms - 1) / kPrograms, 1); }
 
-template <int kItems, bool kWhole>
-void run(const Entries& e, const Tables& tables, const Rule& rule, const Update& u, uintptr_t stream) {
+template <class Row, int kItems, bool kWhole>
+void run(const Entries& e, const Tables<Row>& tables, const Rule& rule, const Update& u, uintptr_t stream) {
     const int64_t across = (e.d + 4 * kItems - 1) / (4 * kItems), threads = (across + 31) / 32 * 32;
     const Geometry geometry{dim3(static_cast<unsigned>(update_programs(e.f))), dim3(static_cast<unsigned>(threads)),
                             u.centre ? static_cast<size_t>(threads) * kItems * sizeof(float4) : 0, stream};
-    launch("sae_update", rule.adam ? update_kernel<kItems, kWhole, true> : update_kernel<kItems, kWhole, false>,
-           geometry, e, tables, rule, u, turns_of(e.f));
+    launch("sae_update",
+           rule.adam ? update_kernel<kItems, kWhole, true, Row> : update_kernel<kItems, kWhole, false, Row>, geometry,
+           e, tables, rule, u, turns_of(e.f));
 }
 
-bool is_whole(const Entries& e, const Tables& t, const Update& u) {
+template <class Row>
+bool is_whole(const Entries& e, const Tables<Row>& t, const Update& u) {
     bool whole = e.d % 4 == 0;
-    for (const float* table : {t.x, t.grad_out, t.aux_grad_out}) {
+    const Row* const rows[] = {t.x, t.grad_out, t.aux_grad_out};
+    for (const Row* table : rows) {
         whole = whole && reinterpret_cast<uintptr_t>(table) % 16 == 0;
     }
     for (const State* s : {&u.W_enc, &u.W_dec}) {
         for (uintptr_t address : {s->p, s->m, s->v}) whole = whole && address % 16 == 0;
     }
-    for (uintptr_t address : {e.enc_partial, e.dec_partial, u.centre, u.shadow}) whole = whole && address % 16 == 0;
+    for (uintptr_t address : {e.enc_partial, e.dec_partial, u.centre, u.shadow, u.W_enc_bf16, u.W_dec_bf16}) {
+        whole = whole && address % 16 == 0;
+    }
     return whole && u.stride % 4 == 0;
+}
+
+template <class Row>
+void update_rows(const Entries& e, const Code& code, const Code& aux, uintptr_t x, const Rule& rule, const Update& u,
+                 uintptr_t stream) {
+    const Tables<Row> tables{at<const Row>(x), at<const Row>(code.grad_out), at<const Row>(aux.grad_out)};
+    const bool whole = is_whole(e, tables, u);
+    if (e.d > (whole ? kWidestUpdate : kWidestOdd)) throw std::runtime_error("sae_update: d is too large");
+    if (whole) {
+        (e.d <= 1024   ? run<Row, 1, true>
+         : e.d <= 2048 ? run<Row, 2, true>
+         : e.d <= 4096 ? run<Row, 4, true>
+                       : run<Row, 8, true>)(e, tables, rule, u, stream);
+    } else {
+        (e.d <= 2048 ? run<Row, 2, false> : run<Row, 4, false>)(e, tables, rule, u, stream);
+    }
+    const Geometry geometry{dim3(static_cast<unsigned>((e.d + 31) / 32)), dim3(32, 32), 0, stream};
+    launch("sae_update: b_dec", bias_kernel<Row>, geometry, tables.grad_out, at<const float>(u.centre), code.scale, e.n,
+           u.centre ? update_programs(e.f) : 0, e.d, rule, u.b_dec, u.verdict);
 }
 
 }  // namespace
@@ -307,20 +341,7 @@ int64_t update_programs(int64_t f) { return (f + turns_of(f) - 1) / turns_of(f);
 
 void sae_update(const Entries& e, const Code& code, const Code& aux, uintptr_t x, const Rule& rule, const Update& u,
                 uintptr_t stream) {
-    const Tables tables{at<const float>(x), at<const float>(code.grad_out), at<const float>(aux.grad_out)};
-    const bool whole = is_whole(e, tables, u);
-    if (e.d > (whole ? kWidestUpdate : kWidestOdd)) throw std::runtime_error("sae_update: d is too large");
-    if (whole) {
-        (e.d <= 1024   ? run<1, true>
-         : e.d <= 2048 ? run<2, true>
-         : e.d <= 4096 ? run<4, true>
-                       : run<8, true>)(e, tables, rule, u, stream);
-    } else {
-        (e.d <= 2048 ? run<2, false> : run<4, false>)(e, tables, rule, u, stream);
-    }
-    const Geometry geometry{dim3(static_cast<unsigned>((e.d + 31) / 32)), dim3(32, 32), 0, stream};
-    launch("sae_update: b_dec", bias_kernel, geometry, tables.grad_out, at<const float>(u.centre), code.scale, e.n,
-           u.centre ? update_programs(e.f) : 0, e.d, rule, u.b_dec, u.verdict);
+    (e.narrow ? update_rows<Bf16> : update_rows<float>)(e, code, aux, x, rule, u, stream);
 }
 
 }  // namespace microtome::cuda

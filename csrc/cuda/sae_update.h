@@ -17,6 +17,7 @@ constexpr int64_t kPrograms = 4096;       // blocks at most; each sums its laten
 // Blocks of sae_update for f latents, each with as many turns: rows of `centre`.
 int64_t update_programs(int64_t f);
 
+// Rows: x and what a code holds, all float32 or all bf16; they are widened as they are read.
 struct Code {
     uintptr_t values, grad_values;  // [n, k]
     uintptr_t grad_out;             // [n, d]
@@ -36,6 +37,7 @@ struct Entries {
     uintptr_t fired, touched;       // [f] int32: how many have flag 1; whether any has flag 2
     uintptr_t dec_partial, enc_partial;  // [ceil(m / kChunk), d] float32
     int64_t m, n, d, f;
+    bool narrow;  // the rows are bf16
 };
 
 // Write weight to touched from latents and order, then the sums of full chunks.
@@ -56,8 +58,9 @@ struct Update {
     State W_enc, b_enc, W_dec, b_dec;
     uintptr_t shadow, stats;  // [f, stride] bf16 and [f, 4] float32, or 0
     int64_t stride;
-    uintptr_t centre;   // [update_programs(f), d] float32, or 0: the encoder's input was not centred
-    uintptr_t verdict;  // [1] float32, or 0; where it is not 0, an input is wrong and nothing is written
+    uintptr_t W_enc_bf16, W_dec_bf16;  // copies [f, d] of the new weights, or 0
+    uintptr_t centre;                  // [update_programs(f), d] float32, or 0: the encoder's input was not centred
+    uintptr_t verdict;                 // [1] float32, or 0; where it is not 0, an input is wrong and nothing is written
     bool rowsparse, project, renorm;
 };
 

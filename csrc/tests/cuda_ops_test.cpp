@@ -145,7 +145,7 @@ void cuda_steps_move_every_parameter() {
             std::vector<int32_t> source(latents), offsets(static_cast<size_t>(f + 1)), fired(static_cast<size_t>(f)),
                 touched(fired);
             std::vector<uint8_t> flags(static_cast<size_t>(m));
-            std::vector<uint16_t> shadow(static_cast<size_t>(f * stride));
+            std::vector<uint16_t> shadow(static_cast<size_t>(f * stride)), copy(static_cast<size_t>(f * d));
             const cuda::Code code{address(values), address(slopes), address(grad_out), k, 0.5f};
             const cuda::Entries e{address(latents),
                                   address(order),
@@ -162,7 +162,8 @@ void cuda_steps_move_every_parameter() {
                                   m,
                                   n,
                                   d,
-                                  f};
+                                  f,
+                                  false};
             const cuda::Rule rule{true, false, true, 0.01f, 0.9f, 0.1f, 0.999f, 0.001f, 1e-8f, 0.0f, 1.0f, 1.0f};
             const cuda::Update update{{address(W_enc), address(states[0]), address(states[1])},
                                       {address(b_enc), address(states[4]), address(states[5])},
@@ -171,14 +172,21 @@ void cuda_steps_move_every_parameter() {
                                       address(shadow),
                                       address(stats),
                                       stride,
+                                      address(copy),
+                                      0,
                                       address(centre),
+                                      0,
                                       false,
                                       true,
                                       true};
             cuda::sort_entries(e, code, code, address(x), 0);
             cuda::sae_update(e, code, code, address(x), rule, update, 0);
             CHECK(offsets[static_cast<size_t>(f)] == m);
-            for (size_t i = 0; i < W_enc.size(); ++i) CHECK(W_enc[i] != before[i] && std::isfinite(W_dec[i]));
+            for (size_t i = 0; i < W_enc.size(); ++i) {
+                CHECK(W_enc[i] != before[i] && std::isfinite(W_dec[i]));
+                const auto at = static_cast<int64_t>(i);
+                CHECK(copy[i] == shadow[static_cast<size_t>(at / d * stride + at % d)]);
+            }
             return std::make_pair(W_enc, std::make_pair(W_dec, b_dec));
         });
     }

@@ -89,9 +89,10 @@ struct Trained {
     std::vector<float> W_enc, b_enc, W_dec, b_dec, stats;
     std::vector<int16_t> shadow;
     std::vector<int32_t> fired;
+    std::vector<uint16_t> copies[2];  // of W_enc and W_dec
     bool operator==(const Trained& o) const {
         return W_enc == o.W_enc && b_enc == o.b_enc && W_dec == o.W_dec && b_dec == o.b_dec && stats == o.stats &&
-               shadow == o.shadow && fired == o.fired;
+               shadow == o.shadow && fired == o.fired && copies[0] == o.copies[0] && copies[1] == o.copies[1];
     }
 };
 
@@ -104,7 +105,8 @@ Trained update(const Problem& p, Isa isa, int threads, const char* optimizer, in
               normal(p.d, 94),
               std::vector<float>(p.f * 4, NAN),
               std::vector<int16_t>(p.f * stride, -1),
-              std::vector<int32_t>(p.f, -1)};
+              std::vector<int32_t>(p.f, -1),
+              {std::vector<uint16_t>(p.f * p.d), std::vector<uint16_t>(p.f * p.d)}};
     const bool adam = optimizer[0] == 'a';
     std::vector<std::vector<float>> moments;
     for (int64_t size : {p.f * p.d, p.f, p.f * p.d, p.d}) {
@@ -114,12 +116,12 @@ Trained update(const Problem& p, Isa isa, int threads, const char* optimizer, in
     uintptr_t m[8];
     for (int i = 0; i < 8; ++i) m[i] = address(moments[i]);
     for (int step = 1; step <= 3; ++step) {
-        const int64_t bad =
-            cpu::sae_update(p.n, p.d, p.f, p.k, address(p.indices), 4, address(p.values), address(o.loss_grad_values),
-                            address(o.grad_out), 0.01, 0, 0, 4, 0, 0, 0, 0.0, address(p.x), address(t.W_enc),
-                            address(t.b_enc), address(t.W_dec), address(t.b_dec), m[0], m[1], m[2], m[3], m[4], m[5],
-                            m[6], m[7], kind, stride, address(t.shadow), address(t.stats), optimizer, 1e-3, 0.9, 0.999,
-                            1e-8, 0.01, step, false, true, true, true, address(t.fired), isa_name(isa), threads);
+        const int64_t bad = cpu::sae_update(
+            p.n, p.d, p.f, p.k, address(p.indices), 4, address(p.values), address(o.loss_grad_values),
+            address(o.grad_out), 0.01, 0, 0, 4, 0, 0, 0, 0.0, address(p.x), address(t.W_enc), address(t.b_enc),
+            address(t.W_dec), address(t.b_dec), m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], kind, stride,
+            address(t.shadow), address(t.stats), address(t.copies[0]), address(t.copies[1]), optimizer, 1e-3, 0.9,
+            0.999, 1e-8, 0.01, step, false, true, true, true, address(t.fired), isa_name(isa), threads);
         CHECK(bad == -1);
     }
     std::vector<int16_t> shadow(t.shadow.size());

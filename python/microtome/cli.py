@@ -209,6 +209,12 @@ def _add_train(commands: Any) -> None:
         default="adam",
         help="fused optimizer",
     )
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products; sums and parameters are float32 in any case",
+    )
     add("--dead-after-tokens", type=int, default=10_000_000,
         help="tokens without firing after which a latent is dead and AuxK revives it")  # fmt: skip
     add(
@@ -237,7 +243,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.steps is None and tokens is None:
         tokens = max(20 * len(rows), arguments.batch_size)
     names = ("steps", "batch_size", "lr", "warmup_steps", "optimizer", "dead_after_tokens")
-    names += ("log_every", "checkpoint_every", "seed", "wandb", "tensorboard")
+    names += ("log_every", "checkpoint_every", "seed", "wandb", "tensorboard", "precision")
     config = TrainConfig(tokens=tokens, **{name: getattr(arguments, name) for name in names})
     sae = SAE(store.d, arguments.features or 16 * store.d, TopK(arguments.k), seed=arguments.seed)
     with torchrun(sae) as shared:

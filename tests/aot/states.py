@@ -47,7 +47,7 @@ def cases() -> dict[str, Case]:
         tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
         options = {**sae_update.OPTIONS, "num_warps": g.warps}
         for state in states:
-            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse}
+            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse, "COPY": False}
             pointers = {**types(STORED[state], "m_W v_W"), "flags": "i8", "shadow": "i16",
                         "fired": "i32"}  # fmt: skip
             out[f"sae_update.encoder.{d}.{state}"] = Case(
@@ -59,4 +59,36 @@ def cases() -> dict[str, Case]:
                 {**both, "PROJECT": True, "RENORM": True, "TABLES": 1 + rowsparse},
                 pointers, options, SCALARS, narrow=MIXED,
             )  # fmt: skip
+    return {**out, **narrow_rows()}
+
+
+def narrow_rows() -> dict[str, Case]:
+    """The same with rows in bfloat16 and copies of the weights, and without a screen."""
+    rows = types("bf16", "table aux x grad_out aux_grad_out value grad_value aux_value "
+                 "aux_grad_value")  # fmt: skip
+    out = {
+        "segments.chunk.bf16": Case(
+            segments._chunk_kernel,
+            {"TABLES": 1, "CHUNK": segments.CHUNK, "BL": 1, "BD": 1024}, rows, FUSED,
+        ),
+        "sae_update.entries.bf16": Case(
+            sae_update_entries._entries_kernel, {"AUX": True, "BE": 1024}, {**rows, "flags": "i8"},
+            {}, SCALARS,
+        ),
+    }  # fmt: skip
+    for d in (768, 2304, 4096):
+        g = sae_update.geometry(f, d, False)
+        tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
+        options = {**sae_update.OPTIONS, "num_warps": g.warps}
+        both = {**ADAM, **tiles, "STATE": "float32", "ROWSPARSE": False, "COPY": True}
+        pointers = {**rows, "flags": "i8", "fired": "i32", "copy": "i16"}
+        out[f"sae_update.encoder.{d}.mixed"] = Case(
+            sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": False, "BE": 32},
+            pointers, options, SCALARS, narrow=MIXED,
+        )  # fmt: skip
+        out[f"sae_update.decoder.{d}.mixed"] = Case(
+            sae_update._decoder_kernel,
+            {**both, "PROJECT": True, "RENORM": True, "TABLES": 1}, pointers, options, SCALARS,
+            narrow=MIXED,
+        )  # fmt: skip
     return out

@@ -90,6 +90,13 @@ def test_steps_and_tokens_together_are_refused(made, tmp_path, capsys):
     assert "give --steps or --tokens, got both (1 and 2000)" in capsys.readouterr().err
 
 
+def test_the_precision_of_the_products_reaches_the_run(made, tmp_path):
+    words = ["train", "--store", str(made.store), "--features", "96", "--k", "8", "--steps", "2"]
+    assert main([*words, "--precision", "bfloat16", "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["precision"] == "bfloat16"
+
+
 def test_ctrl_c_leaves_with_130_and_says_what_is_kept(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt

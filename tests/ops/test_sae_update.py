@@ -392,6 +392,7 @@ def test_opcheck(backend: str) -> None:
     ]
     arguments = (
         *codes[0], *codes[1], p.x, *p.params, *p.moments, *screen,
+        *(p.params[i].bfloat16() for i in (0, 2)),
         "sgd", 0.1, 0.9, 0.999, 1e-8, 0.0, 1, False, True, True, True,
     )  # fmt: skip
     with use_backend(backend):

@@ -33,17 +33,24 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step(
     backend: str, n: int, d: int, f: int, k: int, dtype: torch.dtype = torch.float32,
-    rule: UpdateRule | None = None, screen: bool = False,
+    rule: UpdateRule | None = None, screen: bool = False, rows: torch.dtype | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What one step makes of random parameters; latent 0 fires on every row."""
+    """What one step makes of random parameters; latent 0 fires on every row.
+
+    rows: their dtype, where they hold bfloat16 numbers, and copies of the weights are kept.
+    """
     g = generator(n + d + f + k, "cuda")
     rule = rule or UpdateRule("adam", lr=0.01)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
     indices = torch.randint(0, f, (n, k), generator=g).int()
     indices[:, 0] = 0
     params = [draw(f, d), draw(f), torch.nn.functional.normalize(draw(f, d), dim=1), draw(d)]
-    code = Code(*(t.to(DEVICE) for t in (indices, draw(n, k).abs(), draw(n, k), draw(n, d))), 0.1)
-    x, params = draw(n, d).to(DEVICE), [p.to(DEVICE) for p in params]
+    given = [draw(n, k).abs(), draw(n, k), draw(n, d), draw(n, d)]
+    if rows is not None:
+        given = [t.bfloat16().to(rows) for t in given]
+    *given, x = (t.to(DEVICE) for t in given)
+    code, params = Code(indices.to(DEVICE), *given, 0.1), [p.to(DEVICE) for p in params]
+    copies = None if rows is None else (params[0].bfloat16(), params[2].bfloat16())
     state = moments_for(tuple(params), rule)  # type: ignore[arg-type]
     stride = stride_of(d)
     shadow = torch.zeros(f, stride, dtype=torch.int16, device=DEVICE)
@@ -51,12 +58,14 @@ def step(
     with use_backend(backend):
         fired = sae_update(
             code, x, tuple(params), state, rule, 3,  # type: ignore[arg-type]
-            screen=Screen("bf16", shadow, stats) if screen else None,
+            screen=Screen("bf16", shadow, stats) if screen else None, copies=copies,
         )  # fmt: skip
     out = {**dict(zip(NAMES, params, strict=True)), "fired": fired}
     out |= {f"moment {i}": m for i, m in enumerate(state) if m is not None}
     if screen:
         out |= {"shadow": shadow, "stats": stats}
+    if copies is not None:
+        out |= dict(zip(("copy of W_enc", "copy of W_dec"), copies, strict=True))
     return {name: t.cpu() for name, t in out.items()}
 
 
@@ -68,6 +77,17 @@ def test_every_tile_of_the_width_is_accurate(d: int) -> None:
     assert torch.equal(got.pop("fired"), exact["fired"])
     for name, tensor in got.items():
         assert_accurate(tensor, plain[name], exact[name], name, 4.0)
+
+
+@pytest.mark.parametrize("d", [1028, 4100, 1030])
+def test_bfloat16_rows_and_copies_are_those_of_float32_in_every_tile(d: int) -> None:
+    rule = UpdateRule("signsgd", lr=0.01)
+    got, wide = (
+        step("cuda", 3, d, 4, 2, rule=rule, rows=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert all(torch.equal(got[name], t) for name, t in wide.items())
+    for name in ("W_enc", "W_dec"):
+        assert torch.equal(got[f"copy of {name}"], got[name].bfloat16())
 
 
 def test_blocks_take_turns_where_there_are_many_latents() -> None:

@@ -183,7 +183,7 @@ MESSAGES: list[tuple[dict[str, object], type[MicrotomeError], str]] = [
     (
         {"x": torch.zeros(N, D).half()},
         DtypeError,
-        "x must be float32, float64, got float16. Cast it",
+        "x must be float32, bfloat16, float64, got float16. Cast it",
     ),
     (
         {"code": {"grad_values": torch.zeros(N, K).double()}},

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microtome import _native
 from microtome._look import look_after_writing
-from microtome.ops._registry import why_not_common
+from microtome.ops import _sae_update_inputs as inputs
 
 CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
 
@@ -15,10 +15,7 @@ CHUNK, WIDEST, WIDEST_ODD = 128, 16384, 8192  # as in csrc/cuda/sae_update.h
 def why_not(*args: object) -> str | None:
     """None when the kernels take a call's arguments, all by position, else the reason."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    for m in args[15:23]:
-        if isinstance(m, Tensor) and m.dtype in (torch.bfloat16, torch.int8):
-            return f"moments in {str(m.dtype).removeprefix('torch.')} (has float32)"
-    reason = why_not_common("cuda", tensors, (torch.float32,))
+    reason = inputs.why_not("cuda", args)
     indices, aux_indices, x, W_enc = args[0], args[5], args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
@@ -44,6 +41,7 @@ def update(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
+    W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,
@@ -93,7 +91,9 @@ def update(
             )],
             [_native.address(shadow), _native.address(stats),
              0 if shadow is None else shadow.stride(0)],
-            _native.address(centre), _native.address(verdict), [rowsparse, project, renorm],
+            [_native.address(W_enc_bf16), _native.address(W_dec_bf16)],
+            _native.address(centre), _native.address(verdict),
+            [rowsparse, project, renorm, x.dtype == torch.bfloat16],
             _native.stream(x),
         )  # fmt: skip
     if stats is not None:

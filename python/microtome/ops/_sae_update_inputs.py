@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from microtome import _check
+from microtome import _autocast, _check
 from microtome import _pending as pending
 from microtome._look import Look
 from microtome.errors import ArgumentError, DtypeError
 from microtome.ops import _sae_update_states as states
+from microtome.ops._registry import why_not_common
 from microtome.ops.screen_weights import REFRESHED, Screen, stride
 
 Params: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 OPTIMIZERS = ("adam", "adamw", "sgd", "signsgd")
+# Places among the op's arguments: values, grad_values and grad_out of both codes and x; moments of
+# the weights; the weights' copies.
+_ROWS, _WEIGHT_MOMENTS, _COPIES = (1, 2, 3, 6, 7, 8, 10), (15, 16, 19, 20), (26, 27)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Code:
 
     Attributes:
         indices: [n, k] int32 or int64.
-        values: [n, k] activations after the ReLU.
-        grad_values: [n, k] gradient of the values, zero where the value is zero.
-        grad_out: [n, d] gradient of this code's reconstruction.
+        values: [n, k] activations after the ReLU, in the dtype of x.
+        grad_values: [n, k] gradient of the values, zero where the value is zero; likewise.
+        grad_out: [n, d] gradient of this code's reconstruction; likewise.
         scale: every gradient of this code is multiplied by it (1 / total variance, say).
     """
 
@@ -86,8 +91,8 @@ def moments_for(
             is one moment (`_sae_update_states` has the layout).
         meta: on the meta device.
 
-    A step reads and writes, a weight, with Adam and a bf16 screen: 26, 18 or 14.03 bytes (14.25
-    at d = 64, 14.07 at d = 768).
+    A step reads and writes, a weight, with Adam and a bf16 screen or copy: 26, 18 or 14.03 bytes
+    (14.25 at d = 64, 14.07 at d = 768).
 
     Raises:
         ArgumentError: an unknown state.
@@ -121,18 +126,25 @@ def check_shapes(code: Code, x: Tensor, params: Params, aux: Code | None) -> dic
 
 
 def check_types(code: Code, x: Tensor, params: Params, aux: Code | None) -> None:
-    op = "sae_update"
-    floats = {"x": x, **dict(zip(_NAMES, params, strict=True))}
-    indices = {"indices": code.indices}
+    op, weights = "sae_update", dict(zip(_NAMES, params, strict=True))
+    rows, indices = {"x": x}, {"indices": code.indices}
     for prefix, c in (("", code), ("aux_", aux)):
         if c is not None:
-            floats |= {f"{prefix}values": c.values, f"{prefix}grad_values": c.grad_values}
-            floats[f"{prefix}grad_out"] = c.grad_out
+            rows |= {f"{prefix}values": c.values, f"{prefix}grad_values": c.grad_values}
+            rows[f"{prefix}grad_out"] = c.grad_out
             indices[f"{prefix}indices"] = c.indices
-    _check.dtype(op, (torch.float32, torch.float64), x=x)
-    _check.same_dtype(op, **floats)
+    _check.dtype(op, (torch.float32, torch.bfloat16, torch.float64), x=x)
+    kinds = _autocast.dtypes(op, rows)
+    if torch.bfloat16 not in kinds.values():
+        _check.same_dtype(op, **rows, **weights)
+    elif len(set(kinds.values())) > 1:
+        got = ", ".join(f"{name} {_check.dtype_name(kind)}" for name, kind in kinds.items())
+        msg = f"{op}: x and the codes must share one dtype, got {got}. Cast them with .to()."
+        raise DtypeError(msg)
+    else:
+        _check.dtype(op, (torch.float32,), **weights)
     _check.dtype(op, _check.INDICES, **indices)
-    _check.device(op, **floats, **indices)
+    _check.device(op, **rows, **weights, **indices)
 
 
 def check_rule(rule: UpdateRule, step: int) -> None:
@@ -152,7 +164,11 @@ def check_rule(rule: UpdateRule, step: int) -> None:
 
 
 def check_state(
-    params: Params, moments: list[Tensor | None], rule: UpdateRule, screen: Screen | None
+    params: Params,
+    moments: list[Tensor | None],
+    rule: UpdateRule,
+    screen: Screen | None,
+    copies: tuple[Tensor, Tensor] | None,
 ) -> None:
     """What is updated in place must be laid out as the kernels take it."""
     op = "sae_update"
@@ -164,6 +180,9 @@ def check_state(
             )
             raise ArgumentError(msg)
     _check_moments(params, moments, rule)
+    for name, p, copy in zip(("W_enc", "W_dec"), params[::2], copies or (), strict=False):
+        like = torch.empty_like(p, dtype=torch.bfloat16, device="meta")
+        _check_like(f"the copy of {name}", copy, like, p, f"make it with {name}.bfloat16().")
     if screen is not None:
         W_enc = params[0]
         f, d = W_enc.shape
@@ -214,16 +233,37 @@ def _check_moments(params: Params, moments: list[Tensor | None], rule: UpdateRul
         raise DtypeError(msg)
     for (name, p), m, e in zip(named, moments, moments_for(params, rule, state, meta=True),
                                strict=True):  # fmt: skip
-        if m is None or e is None:
-            continue
-        if (m.shape, m.dtype, m.device) != (e.shape, e.dtype, p.device) or not m.is_contiguous():
-            want, have = (
-                f"{list(t.shape)} {_check.dtype_name(t.dtype)} on {where}"
-                for t, where in ((e, p.device), (m, m.device))
-            )
-            strided = "" if m.is_contiguous() else ", not contiguous"
-            msg = f"{op}: {name} must be {want}, contiguous, got {have}{strided}; {remedy}"
-            raise ArgumentError(msg)
+        if m is not None and e is not None:
+            _check_like(name, m, e, p, remedy)
+
+
+def _check_like(name: str, t: Tensor, like: Tensor, p: Tensor, remedy: str) -> None:
+    """Raise unless t has the shape and dtype of `like`, is contiguous, and where p is."""
+    if (t.shape, t.dtype, t.device) != (like.shape, like.dtype, p.device) or not t.is_contiguous():
+        want, have = (
+            f"{list(s.shape)} {_check.dtype_name(s.dtype)} on {where}"
+            for s, where in ((like, p.device), (t, t.device))
+        )
+        strided = "" if t.is_contiguous() else ", not contiguous"
+        msg = f"sae_update: {name} must be {want}, contiguous, got {have}{strided}; {remedy}"
+        raise ArgumentError(msg)
+
+
+def why_not(backend: str, args: Sequence[object], *, every_state: bool = False) -> str | None:
+    """Why a native backend cannot take the op's arguments, as far as device and dtypes go.
+
+    Rows may be bfloat16, parameters only float32; moments only float32 too, unless `every_state`.
+    """
+    kept = [m for i in _WEIGHT_MOMENTS if isinstance(m := args[i], Tensor)]
+    narrow = [m.dtype for m in kept if m.dtype in (torch.bfloat16, torch.int8)]
+    if narrow and not every_state:
+        return f"moments in {_check.dtype_name(narrow[0])} (has float32)"
+    may_be_narrow = (*_ROWS, *_WEIGHT_MOMENTS, *_COPIES)
+    rest = [t for i, t in enumerate(args) if isinstance(t, Tensor) and i not in may_be_narrow]
+    others = [t for i in may_be_narrow if isinstance(t := args[i], Tensor)]
+    return why_not_common(backend, rest, (torch.float32,)) or why_not_common(
+        backend, others, (torch.float32, torch.bfloat16)
+    )
 
 
 def check_contents(

@@ -10,7 +10,7 @@ from microtome._seed import step_key
 from microtome.ops import _sae_update_cuda
 from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops import _sae_update_states as states
-from microtome.ops._registry import Backend, Op, why_not_common
+from microtome.ops._registry import Backend, Op
 from microtome.ops._sae_update_inputs import OPTIMIZERS, Code, Params, UpdateRule, moments_for
 from microtome.ops.screen_weights import KINDS, Screen
 
@@ -28,6 +28,7 @@ def sae_update(
     aux: Code | None = None,
     center: bool = True,
     screen: Screen | None = None,
+    copies: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Take one optimizer step on W_enc, b_enc, W_dec, b_dec in place, with no dense gradient.
 
@@ -42,7 +43,9 @@ def sae_update(
 
     Args:
         code: the main code; shapes n, k.
-        x: [n, d] float32, what the encoder saw: already centred by b_dec if the SAE does that.
+        x: [n, d] float32 or bfloat16, what the encoder saw: already centred by b_dec if the SAE
+            does that. Rows in bfloat16, these and those of the codes, halve the bytes that are
+            gathered; the step is that of the same numbers in float32.
         params: W_enc [f, d], b_enc [f], W_dec [f, d], b_dec [d], float32, updated in place.
         moments: eight tensors or None: first and second moments of W_enc, b_enc, W_dec, b_dec in
             that order (m, v, m, v, ...), updated in place. `moments_for` makes them: those of the
@@ -52,6 +55,8 @@ def sae_update(
         aux: a second code of the same rows (AuxK for dead latents), or None.
         center: the encoder's input was x - b_dec, so b_dec's gradient has an encoder part.
         screen: the encoder's shadow, refreshed in the same pass, or None.
+        copies: W_enc.bfloat16() and W_dec.bfloat16() [f, d], refreshed in the same pass, or None:
+            what `topk_encode` and `sae_loss` take for a step whose rows are bfloat16.
 
     Returns:
         fired [f] int32: entries of the main code with a value above zero, per feature.
@@ -68,16 +73,16 @@ def sae_update(
     Not differentiable. Deterministic for any thread count: entries are sorted by latent, long
     segments are summed in fixed chunks, and the random bits of rounded moments are a hash of step
     and place. Reads and writes each parameter and moment once: with Adam 24 bytes a weight, 16 with
-    bfloat16 moments, 12 with 8-bit ones, and 2 more for the shadow. A step divides by the moments
-    before they are rounded. On CPU, results below 2^-126 become zero: the moments of features that
-    no longer fire would otherwise decay into slow denormals.
+    bfloat16 moments, 12 with 8-bit ones, and 2 more for the shadow and for each copy. A step
+    divides by the moments before they are rounded. On CPU, results below 2^-126 become zero: the
+    moments of features that no longer fire would otherwise decay into slow denormals.
     Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093; Dettmers et al.
     2022, arXiv:2110.02861 (8-bit states).
     """
     sizes = inputs.check_shapes(code, x, params, aux)
     inputs.check_types(code, x, params, aux)
     inputs.check_rule(rule, step)
-    inputs.check_state(params, moments, rule, screen)
+    inputs.check_state(params, moments, rule, screen, copies)
     verdict = None
     if not torch.compiler.is_compiling():
         code, aux, verdict = inputs.check_contents(code, x, aux, sizes["f"])
@@ -87,6 +92,7 @@ def sae_update(
           if aux else (None,) * 4 + (0.0,)),
         x, *params, *moments,
         *((screen.kind, screen.shadow, screen.stats) if screen else ("", None, None)),
+        *(copies or (None, None)),
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, step,
         rule.rowsparse, rule.project, rule.renorm, center, verdict,
     )  # fmt: skip
@@ -128,6 +134,7 @@ def sae_update_reference(
     m_W_enc: Tensor | None, v_W_enc: Tensor | None, m_b_enc: Tensor | None, v_b_enc: Tensor | None,
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
+    W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,
@@ -136,6 +143,9 @@ def sae_update_reference(
     f = W_enc.shape[0]
     if inputs.refused(verdict):
         return torch.zeros(f, dtype=torch.int32, device=x.device)
+    values, grad_values, grad_out, x = (
+        t.to(W_enc.dtype) for t in (values, grad_values, grad_out, x)
+    )
     # Parameters may be leaves that require grad.
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (W_enc, b_enc, W_dec, b_dec))
     dW_enc, dW_dec, db_enc = (
@@ -149,7 +159,8 @@ def sae_update_reference(
         assert aux_values is not None
         assert aux_grad_values is not None
         assert aux_grad_out is not None
-        codes.append((aux_indices, aux_values, aux_grad_values, aux_grad_out, aux_scale))
+        aux = [t.to(W_enc.dtype) for t in (aux_values, aux_grad_values, aux_grad_out)]
+        codes.append((aux_indices, aux[0], aux[1], aux[2], aux_scale))
     for idx, val, grad_val, grad, s in codes:
         for j in range(idx.shape[1]):
             column = idx[:, j].long()
@@ -189,6 +200,9 @@ def sae_update_reference(
     apply_rule(b_dec, db_dec, m_b_dec, v_b_dec, *hyper, 0.0, step)
     if renorm:
         W_dec[rows] = W_dec[rows] / W_dec[rows].norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    for copy, p in ((W_enc_bf16, W_enc), (W_dec_bf16, W_dec)):
+        if copy is not None:
+            copy[rows] = p[rows].bfloat16()
     if shadow is not None and stats is not None:
         new_shadow, new_stats = torch.ops.microtome.screen_weights(W_enc, kind)
         shadow.copy_(new_shadow)
@@ -196,10 +210,9 @@ def sae_update_reference(
     return torch.bincount(indices.flatten()[(values > 0).flatten()].long(), minlength=f).int()
 
 
-_WEIGHT_MOMENTS = (15, 16, 19, 20)  # of m_W_enc, v_W_enc, m_W_dec, v_W_dec among the arguments
 _MUTATED = (
     "W_enc", "b_enc", "W_dec", "b_dec", "m_W_enc", "v_W_enc", "m_b_enc", "v_b_enc",
-    "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats",
+    "m_W_dec", "v_W_dec", "m_b_dec", "v_b_dec", "shadow", "stats", "W_enc_bf16", "W_dec_bf16",
 )  # fmt: skip
 
 
@@ -218,7 +231,7 @@ def sae_update_cpu(
 ) -> Tensor:  # fmt: skip
     """One pass in C++, csrc/cpu/sae_update.cpp."""
     # After these comes the verdict: none on a CPU, where everything was looked at before.
-    moments, (kind, shadow, stats, *rule) = rest[:8], rest[8:22]
+    moments, (kind, shadow, stats, *copies), rule = rest[:8], rest[8:13], rest[13:24]
     n, k = indices.shape
     f, d = W_enc.shape
     fired = torch.empty(f, dtype=torch.int32)
@@ -230,17 +243,22 @@ def sae_update_cpu(
         packed.append(tensor.contiguous())
         return packed[-1].data_ptr()
 
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        """Once for all the entries that name a row."""
+        return None if tensor is None else tensor.float()
+
     def addresses(idx: Tensor | None, *others: Tensor | None) -> tuple[int, ...]:
-        return (address(idx), idx.element_size() if idx is not None else 4, *map(address, others))
+        size = idx.element_size() if idx is not None else 4
+        return (address(idx), size, *(address(widened(t)) for t in others))
 
     bad = _native.module().sae_update(
         n, d, f, k, *addresses(indices, values, grad_values, grad_out), scale,
         0 if aux_indices is None else aux_indices.shape[1],
         *addresses(aux_indices, aux_values, aux_grad_values, aux_grad_out), aux_scale,
-        *map(address, (x, W_enc, b_enc, W_dec, b_dec, *moments)),
+        *map(address, (widened(x), W_enc, b_enc, W_dec, b_dec, *moments)),
         KINDS.index(kind) if isinstance(shadow, Tensor) else -1,
         shadow.shape[1] if isinstance(shadow, Tensor) else 0, address(shadow), address(stats),
-        *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
+        *map(address, copies), *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
     )  # fmt: skip
     if bad >= 0:
         _check.rows("sae_update", "W_enc", (~torch.isfinite(W_enc)).any(-1).nonzero().flatten())
@@ -248,11 +266,7 @@ def sae_update_cpu(
 
 
 def _why_not_cpu(*args: object) -> str | None:
-    m_W_enc = args[15]
-    if isinstance(m_W_enc, Tensor) and m_W_enc.dtype in (torch.bfloat16, torch.int8):
-        return f"moments in {_check.dtype_name(m_W_enc.dtype)} (has float32)"
-    reason = why_not_common("cpu", [a for a in args if isinstance(a, Tensor)], (torch.float32,))
-    x, W_enc = args[10], args[11]
+    reason, x, W_enc = inputs.why_not("cpu", args), args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
     (n, d), f = x.shape, W_enc.shape[0]
@@ -267,8 +281,7 @@ def _why_not_triton(*args: object) -> str | None:
         return f"d={x.shape[1]} (a program holds a row of up to 16384)"
     if shadow is not None and kind != "bf16":
         return f"screen kind {kind!r} (refreshes 'bf16')"
-    tensors = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in _WEIGHT_MOMENTS]
-    return why_not_common("triton", tensors, (torch.float32,))
+    return inputs.why_not("triton", args, every_state=True)
 
 
 _update = Op(

@@ -15,6 +15,7 @@ from microtome.errors import ArgumentError
 from microtome.ops._sae_update_states import STATES
 from microtome.ops.sae_update import OPTIMIZERS, UpdateRule
 
+PRECISIONS = ("float32", "bfloat16")
 # Settings that change what is written, not what is computed: a resumed run may differ in them.
 _REPORTING = (
     "log_every",
@@ -52,6 +53,9 @@ class TrainConfig:
         moments: how the fused optimizers keep the moments of W_enc and W_dec: "float32", or to
             save memory "bfloat16" (2 bytes a number) or "int8" (1); rounded without bias, so
             that training runs as with float32.
+        precision: in which the fused optimizers multiply: "float32", or "bfloat16": activations,
+            copies of W_enc and W_dec and the gradients of codes and reconstructions in bfloat16,
+            sums, parameters and what is saved in float32.
         max_grad_norm: clip the norm of all gradients together; for a callable optimizer only.
         auxk_coefficient: weight of the loss by which dead latents reconstruct the residual (AuxK);
             0 for none.
@@ -90,6 +94,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     rowsparse: bool = False
     moments: str = "float32"
+    precision: str = "float32"
     max_grad_norm: float | None = None
     auxk_coefficient: float = 1 / 32
     k_aux: int | None = None
@@ -137,6 +142,7 @@ class TrainConfig:
                 msg = f"TrainConfig: {name} must be a string or None, got {getattr(self, name)!r}."
                 raise ArgumentError(msg)
         _check.one_of(op, "moments", self.moments, STATES)
+        _check.one_of(op, "precision", self.precision, PRECISIONS)
         self._check_numbers()
         if not callable(self.optimizer):
             _check.one_of(op, "optimizer", self.optimizer, OPTIMIZERS)
@@ -149,6 +155,7 @@ class TrainConfig:
             for name, given in (
                 ("rowsparse", self.rowsparse),
                 ("moments", self.moments != "float32"),
+                ("precision", self.precision != "float32"),
             ):
                 if given:
                     msg = f"TrainConfig: {name} is of the fused optimizers; pass optimizer='adam' "
@@ -237,11 +244,13 @@ class TrainConfig:
     def what_is_computed(self) -> dict[str, Any]:
         """The settings on which the trained weights depend.
 
-        `moments` is left out where it is float32, as in runs written before there was a choice.
+        `moments` and `precision` are left out where they are float32, as in runs written before
+        there was a choice.
         """
         computed = {k: v for k, v in self.to_dict().items() if k not in _REPORTING}
-        if self.moments == "float32":
-            del computed["moments"]
+        for name in ("moments", "precision"):
+            if computed[name] == "float32":
+                del computed[name]
         return computed
 
 

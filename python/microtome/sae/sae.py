@@ -36,6 +36,11 @@ class TopK:
             raise ArgumentError(msg)
 
 
+def version_of(tensor: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor is written to, other than through `.data`, or replaced."""
+    return weakref.ref(tensor), tensor.data_ptr(), tensor._version
+
+
 class SAE(nn.Module):
     """A sparse autoencoder: an activation vector as a few features out of many.
 
@@ -196,22 +201,19 @@ class SAE(nn.Module):
         W = self.W_enc
         if not has_screen(W.device, W.dtype) or W.is_inference():
             return None
-        if self._screen is None or self._screen_key != self._key_now():
+        if self._screen is None or self._screen_key != version_of(W):
             self.keep_screen(screen_weights(W.detach()))
         return self._screen
 
     def keep_screen(self, screen: Screen | None) -> None:
         """Declare `screen` to be the shadow of W_enc as it is now, as `sae_update` leaves it."""
         self._screen = screen
-        self._screen_key = None if screen is None else self._key_now()
+        self._screen_key = None if screen is None else version_of(self.W_enc)
 
     def drop_screen(self) -> None:
         """Forget the cached shadow."""
         self._screen: Screen | None = None
         self._screen_key: tuple[object, ...] | None = None
-
-    def _key_now(self) -> tuple[object, ...]:
-        return weakref.ref(self.W_enc), self.W_enc.data_ptr(), self.W_enc._version
 
     def _apply(self, *args: Any, **kwargs: Any) -> SAE:
         self.drop_screen()  # .to(), .half() and the like swap the storage under the parameter

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.ops import Screen, sae_loss, sae_update, topk_encode
+from microtome.ops import sae_loss, sae_update, topk_encode
 from microtome.ops.sae_update import Code, moments_for
 from microtome.sae.config import TrainConfig
 from microtome.sae.loss import (
@@ -19,6 +19,7 @@ from microtome.sae.loss import (
     variance_sums,
 )
 from microtome.sae.sae import SAE
+from microtome.sae.weights import NarrowWeights, Weights
 
 MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
 
@@ -31,11 +32,15 @@ class FusedStep:
     where e = x - x_hat, held fixed, and e_hat is its reconstruction, without b_dec, by the k_aux
     dead latents with the largest pre-activations (AuxK, Gao et al. 2024, arXiv:2406.04093). AuxK's
     gradient reaches the dead latents' encoder and decoder rows, and b_dec through the centred
-    input.
+    input. With precision="bfloat16" both products and their gradients read bfloat16 rows and copies
+    of the weights, sums are float32, and float32 parameters take the step.
 
     Args:
         sae: updated in place.
         config: a fused optimizer.
+
+    Raises:
+        DtypeError: precision="bfloat16", and the SAE is not in float32.
 
     Attributes:
         since_fired: [f] int64: rows seen since each latent last fired.
@@ -44,6 +49,7 @@ class FusedStep:
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
+        self.weights = NarrowWeights(sae) if config.precision == "bfloat16" else Weights(sae)
         self.settings: dict[str, str] = {}
         self.base_lr = config.base_lr(sae.n_features) or 0.0
         self.moments = moments_for(
@@ -56,7 +62,7 @@ class FusedStep:
         """One step.
 
         Args:
-            x: [n, d], dtype and device of the weights.
+            x: [n, d], dtype and device of the weights; also bfloat16 with that precision.
             factor: the learning rate as a fraction of its peak.
             step: 1 for the first.
 
@@ -64,12 +70,15 @@ class FusedStep:
             NonFiniteError: x holds NaN or infinity, or the error overflows; nothing has been
                 changed.
         """
-        sae, W_enc, b_enc, W_dec, b_dec = self.sae, *self.sae.parameters_in_order
-        screen = sae.screen()
-        centred = x - b_dec if sae.center else x
-        values, indices, _ = topk_encode(centred, W_enc, b_enc, k=sae.activation.k, screen=screen)
+        sae, weights = self.sae, self.weights
+        rows = weights.rows(x)
+        W_enc, b_enc, screen = weights.encoder()
+        values, indices, _ = topk_encode(rows.seen, W_enc, b_enc, k=sae.activation.k, screen=screen)
         values = values.relu()
-        sse, grad_out, grad_values = sae_loss(x, values, indices, W_dec, b_dec)
+        sse, grad_out, grad_values = sae_loss(
+            rows.target, values, indices, weights.decoder(), rows.bias
+        )
+        x = x.to(sae.W_enc.dtype)
         dead_now = self.since_fired >= self.config.dead_after_tokens
         counts = ((values > 0).sum(), dead_now.sum())
         # All that the host must know of the step in one reading: on a GPU each is a wait.
@@ -84,32 +93,31 @@ class FusedStep:
         aux, auxk = None, 0.0
         dead = dead_set(self.since_fired, sae.d_model, self.config, int(n_dead))
         if dead is not None:
-            aux, sse = self._aux(centred, grad_out, dead, scale, screen)
+            aux, sse = self._aux(rows.seen, grad_out, dead, scale)
             auxk = float(sse.sum()) * scale
             loss += dead.weight * auxk
             check_finite(loss, sse)
 
         lr = self.base_lr * factor
         fired = sae_update(
-            code, centred, sae.parameters_in_order, self.moments, self.config.rule(lr), step,
-            aux=aux, center=sae.center, screen=screen,
+            code, rows.seen, sae.parameters_in_order, self.moments, self.config.rule(lr), step,
+            aux=aux, center=sae.center, screen=screen, copies=weights.copies,
         )  # fmt: skip
-        sae.keep_screen(screen)
+        weights.keep(screen)
         self.since_fired += len(x)
         self.since_fired.masked_fill_(fired > 0, 0)  # by a mask as index, a GPU would be waited for
         return Losses(fvu, auxk, loss, l0, self.since_fired >= self.config.dead_after_tokens, lr)
 
     def _aux(
-        self, centred: Tensor, grad_out: Tensor, dead: DeadSet, scale: float, screen: Screen | None
+        self, seen: Tensor, grad_out: Tensor, dead: DeadSet, scale: float
     ) -> tuple[Code, Tensor]:
-        W_enc, b_enc, W_dec, _ = self.sae.parameters_in_order
-        rows = dead.latents
-        if screen is not None:  # each row of a screen stands for itself
-            screen = Screen(screen.kind, screen.shadow[rows], screen.stats[rows])
-        values, places, _ = topk_encode(centred, W_enc[rows], b_enc[rows], k=dead.k, screen=screen)
-        values, indices = values.relu(), rows[places.long()].int()
+        W_enc, b_enc, screen = self.weights.encoder(dead.latents)
+        values, places, _ = topk_encode(seen, W_enc, b_enc, k=dead.k, screen=screen)
+        values, indices = values.relu(), dead.latents[places.long()].int()
         residual = grad_out * -0.5  # grad_out is 2 (x_hat - x)
-        sse, aux_grad_out, aux_grad_values = sae_loss(residual, values, indices, W_dec)
+        sse, aux_grad_out, aux_grad_values = sae_loss(
+            residual, values, indices, self.weights.decoder()
+        )
         return Code(indices, values, aux_grad_values, aux_grad_out, scale * dead.weight), sse
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
