@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -129,22 +130,26 @@ def breast_cancer() -> tuple[nn.Sequential, Tensor, Tensor]:
 def test_auto_takes_bf16_products_states_their_shift_and_errs_by_three_percent_at_most() -> None:
     net, x, background = breast_cancer()
 
-    def values(precision: str, **budget: int) -> mt.shapley.ShapleyValues:
+    def values(precision: str, **budget: Any) -> mt.shapley.ShapleyValues:
         return mt.shapley.permutation(
             net, x, background, precision=precision, progress=False, **budget
         )
 
     exact = values("fp32", n_permutations=100, seed=7)
-    auto, plain = (values(each, max_evaluations=61_000) for each in ("auto", "fp32"))
-    found = re.search(r"; bf16 products, shift at most (.*)% of the standard error$", auto.note)
-    assert found, auto.note
-    stated = float(found[1]) / 100
-    assert stated < 0.15
-    wrong = (auto.values - exact.values).square().mean().sqrt()
-    assert wrong <= 0.03 * exact.values.square().mean().sqrt()
-    # Both walk the same orders, so they differ by the shift alone.
-    shift = (auto.values - plain.values).square().mean(1).sqrt()
-    assert ((shift > 0) & (shift <= stated * auto.stderr.square().mean(1).sqrt())).all()
+    # At once; and in rounds that are never good enough.
+    for budget in ({"max_evaluations": 61_000}, {"n_permutations": 8, "target_error": 1e-6}):
+        auto, plain = (values(precision, **budget) for precision in ("auto", "fp32"))
+        text = r"; bf16 products, shift at most (.*)% of the standard error$"
+        found = re.search(text, auto.note)
+        assert found, auto.note
+        stated = float(found[1]) / 100
+        assert stated < 0.15
+        # Both walk the same orders, so they differ by the shift alone.
+        shift = (auto.values - plain.values).square().mean(1).sqrt()
+        assert ((shift > 0) & (shift <= stated * auto.stderr.square().mean(1).sqrt())).all()
+        if "max_evaluations" in budget:
+            wrong = (auto.values - exact.values).square().mean().sqrt()
+            assert wrong <= 0.03 * exact.values.square().mean().sqrt()
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -130,13 +130,6 @@ def _bound_of_mean(gram: Tensor, pairs: int, cells: float) -> Tensor:
     return (square.clamp(min=0) + 2 * error + own.mean() / cells).sqrt()
 
 
-def _stderr(mean: Tensor, m2: Tensor, units: int) -> Tensor:
-    """[e, p, o], of one round by itself."""
-    moments = Moments()
-    moments.add(mean, m2, units)
-    return moments.estimate()[1]
-
-
 class MlpWalker:
     """Moments of marginals straight from `mlp_shapley`.
 
@@ -153,8 +146,11 @@ class MlpWalker:
         self, game: InputGame, found: tuple[list[nn.Linear], list[int]], strata: int, precision: str
     ) -> None:
         linear, self.codes = found
-        self.game, self.precision, self.note = game, precision, ""
-        self.walked = torch.zeros(game.explicands)  # units, by row
+        self.game, self.precision = game, precision
+        # By row: units walked in bf16, and the bound on their shift in standard errors.
+        self.units = torch.zeros(game.explicands, dtype=torch.int64)
+        self.part = torch.zeros(game.explicands, dtype=torch.float64)
+        self.rows, self.moments = torch.empty(0, dtype=torch.int64), Moments()
         none = torch.empty(0)
         self.weights = [layer.weight.detach() for layer in linear]
         self.biases = [none if layer.bias is None else layer.bias.detach() for layer in linear]
@@ -175,21 +171,39 @@ class MlpWalker:
             return self._run(ranks, paired, who, "fp32")
         mean, m2 = self._run(ranks, paired, who, "bf16")
         if self.precision == "bf16":
-            self.note = "bf16 products, as demanded; their shift was not measured"
             return mean, m2
         # A row's precision depends on its own numbers alone, so that no other row can change it.
-        self.walked[who] += U
-        error = _stderr(mean, m2, U).square().mean((1, 2)).sqrt()  # [e]
-        error = error * (U / self.walked[who]).sqrt()
-        worst = self._shift(ranks, paired, who)
-        near = ~(worst <= _FAR_BELOW * error)
+        error = self._error(mean, m2, who, U)
+        part = self._shift(ranks, paired, who) / error
+        near = ~(part <= _FAR_BELOW)
+        self.units[who[~near]] += U
+        self.part[who] = part * (self.units[who] / self.moments.count)
         if bool(near.any()):
             mean[near], m2[near] = self._run(ranks, paired, who[near], "fp32")
-        if not bool(near.all()):
-            part = float((worst / error)[~near].max())
-            rows = "" if not bool(near.any()) else f" in {int((~near).sum())} of {len(who)} rows"
-            self.note = f"bf16 products{rows}, shift at most {part:.1%} of the standard error"
         return mean, m2
+
+    @property
+    def note(self) -> str:
+        """Which rows got bf16 products, and by how much these shift them at most."""
+        if self.precision == "bf16":
+            return "bf16 products, as demanded; their shift was not measured"
+        low = self.units > 0
+        if not bool(low.any()):
+            return ""
+        rows = "" if bool(low.all()) else f" in {int(low.sum())} of {len(low)} rows"
+        part = float(self.part[low].max())
+        return f"bf16 products{rows}, shift at most {part:.1%} of the standard error"
+
+    def _error(self, mean: Tensor, m2: Tensor, who: Tensor, units: int) -> Tensor:
+        """[e]: RMS standard error over players of what rows have walked so far, and this round."""
+        keep = torch.isin(self.rows, who)
+        if int(keep.sum()) < len(who):  # rows that begin
+            self.moments = Moments()
+        elif self.moments.mean is not None and self.moments.m2 is not None:
+            self.moments.mean, self.moments.m2 = self.moments.mean[keep], self.moments.m2[keep]
+        self.rows = who
+        self.moments.add(mean, m2, units)
+        return self.moments.estimate()[1].square().mean((1, 2)).sqrt()
 
     def _shift(self, ranks: Tensor, paired: bool, who: Tensor) -> Tensor:
         """[e]: a bound on the RMS shift of a row's values by bf16, from some walks in both.
@@ -208,7 +222,7 @@ class MlpWalker:
         apart = (low - high).flatten(2)  # [e, s, p o]
         if apart.shape[1] < _FEWEST:
             return apart.square().mean((1, 2)).sqrt()
-        return bound_of_mean(apart, S * U / units)
+        return bound_of_mean(apart, S * self.moments.count / units)
 
     def _run(
         self, ranks: Tensor, paired: bool, who: Tensor, precision: str, some: Tensor | None = None
