@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from microtome.shapley.game import Game
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.running import Moments
 
-_SAMPLE = 16  # strata on which the shift of bf16 is measured
-_FAR_BELOW = 0.1  # of the standard error
+_SAMPLE, _SHARE = 24, 40  # the shift of bf16 is measured on 24 walks, or a 40th where that is more
+_MOST_STRATA, _FEWEST = 64, 8  # which lie in so many strata; of fewer, no spread is estimated
+_FAR_BELOW = 0.15  # of the standard error: both together are 1.1 % more at most
 
 
 def layers_of(f: Any) -> tuple[list[nn.Linear], list[int]] | str:
@@ -99,11 +101,33 @@ def mlp_walker(op: str, game: Game, strata: int, precision: str) -> MlpWalker | 
     return None
 
 
-def _stderr(mean: Tensor, m2: Tensor, units: int) -> Tensor:
-    """[e, p, o], of one round by itself."""
-    moments = Moments()
-    moments.add(mean, m2, units)
-    return moments.estimate()[1]
+def bound_of_mean(sample: Tensor, cells: float) -> Tensor:
+    """[e]: a 95% bound on the RMS over k entries of a mean of `cells` vectors like the sample's.
+
+    Args:
+        sample: [e, s, k] float64, s of them.
+        cells: how many the mean is of.
+
+    |E d|^2 is estimated by the mean of <d, d'> over pairs of two, which has no bias, while |mean
+    d|^2 has the noise of all k entries in it. Its standard error is that of a U-statistic (W.
+    Hoeffding 1948), and the noise of the cells themselves is |d|^2 / cells. No bit of a row
+    depends on the other rows.
+    """
+    s = sample.shape[1]
+    grams = torch.stack([(sample * sample[:, c : c + 1]).mean(2) for c in range(s)], 1)  # [e, s, s]
+    # Row by row: sums over the whole of a tensor are added in an order that depends on its sizes.
+    return torch.stack([_bound_of_mean(gram, s * (s - 1), cells) for gram in grams.unbind()])
+
+
+def _bound_of_mean(gram: Tensor, pairs: int, cells: float) -> Tensor:
+    """The same from the products [s, s] of one row's vectors."""
+    s, own = len(gram), gram.diagonal()
+    means = (gram.sum(1) - own) / (s - 1)  # of a vector's products with the others
+    square = means.mean()
+    spread = (gram.square().sum() - own.square().sum()) / pairs - square.square()
+    among = (means.var() - spread / (s - 1)).clamp(min=0)
+    error = ((4 * (s - 2) * among + 2 * spread.clamp(min=0)) / pairs).sqrt()
+    return (square.clamp(min=0) + 2 * error + own.mean() / cells).sqrt()
 
 
 class MlpWalker:
@@ -111,9 +135,9 @@ class MlpWalker:
 
     With precision "auto" and AMX, whose bf16 products are several times faster than float32 ones
     (those of AVX512-BF16 save less than the check costs), a first look measures, on the walks of
-    some background rows, by how much bf16 shifts each player's value. Its 95% bound has to stay
-    below a tenth of the row's standard error, or that row is done in float32. `note` says which
-    and by how much.
+    some background rows, by how much bf16 shifts the values. A 95% bound on the RMS over players
+    has to stay below 15% of that of the row's standard errors so far, or the row is done in
+    float32. `note` says which and by how much.
     """
 
     engine = "mlp"
@@ -122,7 +146,11 @@ class MlpWalker:
         self, game: InputGame, found: tuple[list[nn.Linear], list[int]], strata: int, precision: str
     ) -> None:
         linear, self.codes = found
-        self.game, self.precision, self.note = game, precision, ""
+        self.game, self.precision = game, precision
+        # By row: units walked in bf16, and the bound on their shift in standard errors.
+        self.units = torch.zeros(game.explicands, dtype=torch.int64)
+        self.part = torch.zeros(game.explicands, dtype=torch.float64)
+        self.rows, self.moments = torch.empty(0, dtype=torch.int64), Moments()
         none = torch.empty(0)
         self.weights = [layer.weight.detach() for layer in linear]
         self.biases = [none if layer.bias is None else layer.bias.detach() for layer in linear]
@@ -143,33 +171,58 @@ class MlpWalker:
             return self._run(ranks, paired, who, "fp32")
         mean, m2 = self._run(ranks, paired, who, "bf16")
         if self.precision == "bf16":
-            self.note = "bf16 products, as demanded; their shift was not measured"
             return mean, m2
         # A row's precision depends on its own numbers alone, so that no other row can change it.
-        error = _stderr(mean, m2, U).square().mean((1, 2)).sqrt()  # [e]
-        worst = self._shift(ranks, paired, who).square().mean((1, 2)).sqrt()
-        near = ~(worst <= _FAR_BELOW * error)
+        error = self._error(mean, m2, who, U)
+        part = self._shift(ranks, paired, who) / error
+        near = ~(part <= _FAR_BELOW)
+        self.units[who[~near]] += U
+        self.part[who] = part * (self.units[who] / self.moments.count)
         if bool(near.any()):
             mean[near], m2[near] = self._run(ranks, paired, who[near], "fp32")
-        if not bool(near.all()):
-            part = float((worst / error)[~near].max())
-            rows = "" if not bool(near.any()) else f" in {int((~near).sum())} of {len(who)} rows"
-            self.note = f"bf16 products{rows}, shift at most {part:.1%} of the standard error"
         return mean, m2
 
+    @property
+    def note(self) -> str:
+        """Which rows got bf16 products, and by how much these shift them at most."""
+        if self.precision == "bf16":
+            return "bf16 products, as demanded; their shift was not measured"
+        low = self.units > 0
+        if not bool(low.any()):
+            return ""
+        rows = "" if bool(low.all()) else f" in {int(low.sum())} of {len(low)} rows"
+        part = float(self.part[low].max())
+        return f"bf16 products{rows}, shift at most {part:.1%} of the standard error"
+
+    def _error(self, mean: Tensor, m2: Tensor, who: Tensor, units: int) -> Tensor:
+        """[e]: RMS standard error over players of what rows have walked so far, and this round."""
+        keep = torch.isin(self.rows, who)
+        if int(keep.sum()) < len(who):  # rows that begin
+            self.moments = Moments()
+        elif self.moments.mean is not None and self.moments.m2 is not None:
+            self.moments.mean, self.moments.m2 = self.moments.mean[keep], self.moments.m2[keep]
+        self.rows = who
+        self.moments.add(mean, m2, units)
+        return self.moments.estimate()[1].square().mean((1, 2)).sqrt()
+
     def _shift(self, ranks: Tensor, paired: bool, who: Tensor) -> Tensor:
-        """[e, p, o]: a 95% bound on the bf16 shift of each value, from some walks in both."""
-        S = ranks.shape[0]
-        some = torch.arange(0, S, max(1, S // _SAMPLE)) if S > 1 else None
-        part = ranks[:, :1] if some is None else ranks[some, :1]
+        """[e]: a bound on the RMS shift of a row's values by bf16, from some walks in both.
+
+        They are those of a few strata. Of one stratum, or very few, it is their own RMS shift,
+        which has the noise of single walks in it.
+        """
+        S, U = ranks.shape[:2]
+        wanted = max(_SAMPLE, S * U // _SHARE)
+        some = torch.arange(0, S, max(1, S // min(wanted, _MOST_STRATA))) if S > 1 else None
+        units = 1 if some is None else min(U, math.ceil(wanted / len(some)))
+        part = ranks[:, :1] if some is None else ranks[some, :units]
         low, high = (
             self._run(part, paired, who, precision, some)[0] for precision in ("bf16", "fp32")
         )
-        apart = low - high  # [e, s, p, o]
-        shift = apart.mean(1).abs()
-        if apart.shape[1] > 1:
-            shift = shift + 2 * apart.std(1) / apart.shape[1] ** 0.5
-        return shift
+        apart = (low - high).flatten(2)  # [e, s, p o]
+        if apart.shape[1] < _FEWEST:
+            return apart.square().mean((1, 2)).sqrt()
+        return bound_of_mean(apart, S * self.moments.count / units)
 
     def _run(
         self, ranks: Tensor, paired: bool, who: Tensor, precision: str, some: Tensor | None = None
