@@ -194,3 +194,10 @@ def test_the_forced_instruction_set_is_never_above_the_processors(
     for number, level in enumerate(_native.LEVELS):
         monkeypatch.setenv("MICROTOME_CPU_ISA", level)
         assert _native.isa() == _native.LEVELS[min(number, best)]
+
+
+def test_an_instruction_set_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROTOME_CPU_ISA", "avx-512")
+    message = "MICROTOME_CPU_ISA: no level 'avx-512'; choose one of generic, avx2, avx512"
+    with pytest.raises(errors.ArgumentError, match=message):
+        _native.forced_isa()

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from microtome import __version__
-from microtome.errors import NonFiniteError
+from microtome.errors import ArgumentError, NonFiniteError
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
 from microtome.sae.init import start_b_dec_
@@ -74,7 +74,7 @@ def train(
         A TrainResult.
 
     Raises:
-        ShapeError, ArgumentError: activations do not fit the SAE.
+        ShapeError, ArgumentError: activations do not fit the SAE, or config is no TrainConfig.
         NonFiniteError: a batch holds NaN or infinity; the message names the rows. The SAE keeps its
             weights of the step before, and the last checkpoint stays.
         CheckpointError: `out` holds a run with other settings, a damaged one, or cannot be written
@@ -83,6 +83,10 @@ def train(
     Ctrl-C ends the step, writes a checkpoint and raises KeyboardInterrupt; a second one ends at
     once. Deterministic: a function of the SAE, the activations and the config.
     """
+    if not isinstance(config, TrainConfig):
+        msg = f"train: config must be a TrainConfig, got {type(config).__name__}. Build one with "
+        msg += "TrainConfig(steps=...)."
+        raise ArgumentError(msg)
     source = as_source("train", activations, sae.d_model)
     held = None if held_out is None else as_source("train", held_out, sae.d_model)
     stepper: Stepper = FusedStep(sae, config) if config.fused else UnfusedStep(sae, config)
@@ -92,12 +96,9 @@ def train(
         if run.step == 0:
             start_b_dec_(sae, source, config)
         _loop(run, source, held, config, progress)
-        last = run.history[-1]
-        metrics = {
-            "steps": run.step,
-            "tokens": run.step * config.batch_size,
-            **{f"train_{name}": last[name] for name in ("fvu", "l0", "dead_fraction")},
-        }
+        metrics: dict[str, Any] = {"steps": run.step, "tokens": run.step * config.batch_size}
+        for last in run.history[-1:]:  # none where a finished run's log.jsonl is gone
+            metrics |= {f"train_{name}": last[name] for name in ("fvu", "l0", "dead_fraction")}
         if held is not None:
             metrics.update(evaluate(sae, held, progress=progress).to_dict())
         run.finish(metrics, _metadata(source, metrics))
