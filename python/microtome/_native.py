@@ -97,8 +97,17 @@ def stream(tensor: Tensor) -> int:
 
 
 def forced_isa() -> str:
-    """The level demanded by `MICROTOME_CPU_ISA`, "" for the best; read anew at every call."""
-    return os.environ.get("MICROTOME_CPU_ISA", "")
+    """The level demanded by `MICROTOME_CPU_ISA`, "" for the best; read anew at every call.
+
+    One above what the processor has stands for the best that it has. ArgumentError for a name that
+    is no level.
+    """
+    name = os.environ.get("MICROTOME_CPU_ISA", "")
+    if name and name not in LEVELS:
+        msg = f"MICROTOME_CPU_ISA: no level {name!r}; choose one of {', '.join(LEVELS)}, "
+        msg += "or unset it for the best that is there."
+        raise ArgumentError(msg)
+    return name
 
 
 def isa() -> str:

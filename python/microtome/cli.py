@@ -35,9 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
+        sys.stdout.flush()
     except MicrotomeError as error:
         if _first_rank() or not error.agreed:  # what all ranks raise is said once
             print(f"microtome: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read our output, head or less, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"microtome: {_refused(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if _first_rank():
@@ -50,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _first_rank() -> bool:
     """Whether this process speaks for all: torchrun sets RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _refused(error: OSError) -> str:
+    """What the system said to a file of ours: a full disk, a folder without permission."""
+    place = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{place}{error.strerror or error}. What earlier commands made is as it was. Free some "
+        "space, change the permission or name another path, and run the command again."
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,8 +174,10 @@ def _add_capture(commands: Any) -> None:
 
 def _capture(arguments: argparse.Namespace) -> None:
     from microtome.models import corpus, tokenise
+    from microtome.models.store_write import check_free
     from microtome.workflow import capture_text, open_model, stand_ins
 
+    check_free(arguments.out)
     loaded, text = open_model(arguments.model), corpus(arguments.text)
     notes = stand_ins(loaded, text)
     for note in notes:
@@ -245,7 +263,8 @@ def _train(arguments: argparse.Namespace) -> None:
     names = ("steps", "batch_size", "lr", "warmup_steps", "optimizer", "dead_after_tokens")
     names += ("log_every", "checkpoint_every", "seed", "wandb", "tensorboard", "precision")
     config = TrainConfig(tokens=tokens, **{name: getattr(arguments, name) for name in names})
-    sae = SAE(store.d, arguments.features or 16 * store.d, TopK(arguments.k), seed=arguments.seed)
+    features = 16 * store.d if arguments.features is None else arguments.features
+    sae = SAE(store.d, features, TopK(arguments.k), seed=arguments.seed)
     with torchrun(sae) as shared:
         result = train(shared, rows, config, held_out=held_out, out=arguments.out)
     if not _first_rank():
@@ -279,17 +298,18 @@ def _add_eval(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from microtome.models import ActivationStore
     from microtome.sae import SAE
-    from microtome.workflow import measure, open_model, table
+    from microtome.workflow import doubts, measure, open_model, rows_seen, table
 
     is_run = (arguments.sae / "sae").is_dir()
     sae = SAE.from_pretrained(arguments.sae / "sae" if is_run else arguments.sae)
     store = ActivationStore(arguments.store)
-    _, held_out = store.split(arguments.held_out)
+    rows, held_out = store.split(arguments.held_out)
     model = open_model(arguments.model) if arguments.model else None
-    if model is not None and not model.causal_lm:
-        reason = "predicts no next token, so there is no cross-entropy"
-        print(f"microtome: {model.description} {reason}", file=sys.stderr)
+    for note in doubts(arguments.sae if is_run else None, store, len(rows), model):
+        print(f"microtome: {note}", file=sys.stderr)
     numbers = measure(sae, held_out, model, str(store.manifest["site"]), arguments.contexts)
+    seen = rows_seen(arguments.sae, len(rows)) if is_run else 0
+    numbers |= {"rows_seen": seen} if seen else {}
     print(table(numbers))
     if is_run:
         from microtome.report.write import EVALUATION

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.models import ActivationStore, Corpus, LoadedModel, capture, corpus, tokenise
 from microtome.report import About, write_report
@@ -62,7 +63,7 @@ class _Stages:
         self.state: dict[str, Any] = {"request": asdict(request)}
         file = out / _STATE
         if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = _read_state(file)
             if kept["request"] != self.state["request"]:
                 changed = [
                     n for n, v in self.state["request"].items() if kept["request"].get(n) != v
@@ -95,6 +96,18 @@ class _Stages:
         return self.state[name]
 
 
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(kept["request"], dict):
+            return dict(kept)
+        why = "no request in it"
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    msg = f"demo: {file} is damaged ({why}). Add --fresh to begin anew, or give another --out."
+    raise ArgumentError(msg)
+
+
 def demo(
     request: Request,
     out: Path,
@@ -117,12 +130,18 @@ def demo(
         The path of report.html.
 
     Raises:
-        ArgumentError: `out` holds a demo of another request, or minutes is not positive.
+        ArgumentError: `out` holds a demo of another request or a damaged one, a size is out of its
+            range, or minutes is not positive.
         PackageError: a model that was asked for by name is not installed.
     """
     if not minutes > 0:
         msg = f"demo: minutes must be above 0, got minutes={minutes}."
         raise ArgumentError(msg)
+    least = {"features": 1, "k": 1, "steps": 1, "tokens": 2 * CONTEXT_LENGTH}  # one is held out
+    for name, low in least.items():
+        if getattr(request, name) is not None:
+            _check.between("demo", name, getattr(request, name), low, 1 << 40)
+    _check.between("demo", "k", request.k, 1, request.features, "features")
     if fresh:
         _throw_away(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +199,9 @@ def _capture(
         return store
     speed = stages.decide("tokens_per_second", lambda: _capture_speed(loaded, text.text))
     affordable = int(speed * stages.seconds(CAPTURE_SHARE))
-    tokens = request.tokens or max(16 * CONTEXT_LENGTH, min(MOST_TOKENS, affordable))
+    tokens = max(16 * CONTEXT_LENGTH, min(MOST_TOKENS, affordable))
+    if request.tokens is not None:
+        tokens = request.tokens
     cut = tokenise(loaded.tokenizer, text.text, CONTEXT_LENGTH, tokens)
     stages.say(
         f"capture: {cut.numel():,} tokens of {text.description}, "

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome import _check
 from microtome.errors import ArgumentError, PackageError
 from microtome.models import ActivationStore, Corpus, LoadedModel, capture_to_store, load, sites
 from microtome.report import About
 from microtome.report.write import metrics
 from microtome.sae import SAE, evaluate
+from microtome.sae.files import read_json
 
 PACKAGED = ("auto", "smollm2", "minilm", "toy")
 
@@ -26,7 +28,7 @@ def open_model(name: str) -> LoadedModel:
         name: "smollm2", "minilm", "toy", "auto", or a folder as `save_pretrained` writes it.
 
     Raises:
-        ArgumentError: neither a name nor a folder.
+        ArgumentError: neither a name nor a folder, or a folder that transformers cannot load.
         PackageError: a package that it needs is not installed.
     """
     if name in PACKAGED:
@@ -41,10 +43,18 @@ def open_model(name: str) -> LoadedModel:
     if util.find_spec("transformers") is None:
         msg = f"model: {name!r} needs transformers. Run: pip install transformers"
         raise PackageError(msg)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, SafetensorError) as error:
+        msg = (
+            f"model: {name!r} cannot be loaded as a causal language model with its tokenizer "
+            f"({type(error).__name__}: {error}). Save both there with save_pretrained."
+        )
+        raise ArgumentError(msg) from error
     streams = [site for site in sites(model) if site.startswith("resid_pre.")]
     middle = streams[len(streams) // 2] if streams else ""
     return LoadedModel(model, tokenizer, name, folder.name, middle, causal_lm=True)
@@ -115,6 +125,48 @@ def capture_text(
     return store
 
 
+def rows_seen(run: Path, start: int) -> int:
+    """How many of a store's rows from `start` on a run was trained on, if it is that run's store.
+
+    Args:
+        run: a run directory.
+        start: the first row that is measured; training takes a store's rows from its beginning.
+    """
+    path = run / "config.json"
+    config = read_json(path) if path.exists() else {}
+    data = config.get("data") if isinstance(config, dict) else None
+    rows = data.get("rows") if isinstance(data, dict) else None
+    return max(0, rows - start) if isinstance(rows, int) else 0
+
+
+def doubts(
+    run: Path | None, store: ActivationStore, start: int, loaded: LoadedModel | None
+) -> list[str]:
+    """What a reader of an evaluation must know: another model, no cross-entropy, rows seen before.
+
+    Args:
+        run: the run directory, or None for an SAE alone.
+        store: what is measured on, from row `start`.
+        start: see above.
+        loaded: the model, or None.
+    """
+    notes = []
+    if loaded is not None and loaded.description != store.manifest["model"]:
+        notes.append(
+            f"the store says that it came from {store.manifest['model']}, the model is "
+            f"{loaded.description}: the cross-entropies mean something only if these are the same."
+        )
+    if loaded is not None and not loaded.causal_lm:
+        notes.append(f"{loaded.description} predicts no next token, so there is no cross-entropy")
+    seen = rows_seen(run, start) if run is not None else 0
+    if seen:
+        notes.append(
+            f"if this is the store of the run, it was trained on {seen:,} of the rows that are "
+            "measured here; give the --held-out of `microtome train`, or less."
+        )
+    return notes
+
+
 def measure(
     sae: SAE, held_out: Any, loaded: LoadedModel | None, site: str, contexts: int
 ) -> dict[str, Any]:
@@ -132,6 +184,7 @@ def measure(
     """
     if loaded is None or not loaded.causal_lm:
         return evaluate(sae, held_out, progress=True).to_dict()
+    _check.between("measure", "contexts", contexts, 1, 1 << 31)
     length = int(held_out.manifest["context_length"])
     count = min(contexts, len(held_out) // length)
     tokens = held_out.tokens(slice(0, count * length)).view(count, length)

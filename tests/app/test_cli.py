@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from microtome import cli
 from microtome.cli import main
+from microtome.report import write
 
 COMMANDS = ("info", "capture", "train", "eval", "report", "demo")
 
@@ -67,6 +69,9 @@ def test_info_fails_where_a_required_backend_is_missing(monkeypatch, capsys):
         (["eval", "--sae", "no-sae", "--store", "no-store"], "no-sae"),
         (["report", "--run", "no-run", "--store", "no-store"], "no-store"),
         (["demo", "--minutes", "0"], "minutes must be above 0, got minutes=0.0"),
+        (["demo", "--features", "8", "--k", "9"], "k must be between 1 and features=8, got k=9"),
+        (["demo", "--tokens", "0"], "demo: tokens must be between 256 and"),
+        (["demo", "--out", "/dev/null"], "/dev/null: File exists. What earlier commands made"),
     ],
 )
 def test_an_error_is_one_message_without_a_traceback(words, message, tmp_path, monkeypatch, capsys):
@@ -95,6 +100,65 @@ def test_the_precision_of_the_products_reaches_the_run(made, tmp_path):
     assert main([*words, "--precision", "bfloat16", "--out", str(tmp_path / "run")]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["precision"] == "bfloat16"
+
+
+def test_a_size_of_zero_is_refused_and_not_taken_for_none(made, tmp_path, capsys):
+    words = ["--store", str(made.store)]
+    new = ["--out", str(tmp_path / "new")]
+    for command, message in (
+        (["train", *words, *new, "--features", "0"], "n_features must be between 1 and"),
+        (["report", *words, *new, "--run", str(made.run), "--count", "0"], "count must be between"),
+        (["eval", *words, "--sae", str(made.run / "sae"), "--model", "toy", "--contexts", "0"],
+         "contexts must be between 1 and"),
+    ):  # fmt: skip
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_store_that_is_there_is_refused_before_the_model_is_loaded(made, monkeypatch, capsys):
+    monkeypatch.setattr("microtome.workflow.load", None)
+    assert main(["capture", "--out", str(made.store)]) == 1
+    assert "is a finished store already" in capsys.readouterr().err
+
+
+def test_rows_that_training_saw_are_counted_and_another_model_is_named(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("checkpoints", "evaluation.json"))
+    store = tmp_path / "store"
+    shutil.copytree(made.store, store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps({**manifest, "model": "GPT-2"}))
+    words = ["eval", "--sae", str(run), "--store", str(store), "--held-out", "0.5"]
+    assert main([*words, "--model", "toy", "--contexts", "1"]) == 0
+    came = capsys.readouterr().err
+    # A tenth of 32 contexts of 64 tokens was held out, three of them.
+    assert "it was trained on 832 of the rows that are measured here" in came
+    assert "the store says that it came from GPT-2, the model is the built-in toy" in came
+    note = write._metrics_note(json.loads((run / "evaluation.json").read_text()), "GPT-2")
+    assert note.startswith("On 1,024 tokens, 832 of which training saw;")
+
+
+def test_a_folder_that_transformers_cannot_load_is_named(made, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    words = ["eval", "--sae", str(made.run), "--store", str(made.store)]
+    assert main([*words, "--model", str(tmp_path)]) == 1
+    assert "cannot be loaded as a causal language model with its tok" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours():
+    code = (
+        "import sys\n"
+        "from microtome import cli\n"
+        "cli._info = lambda _: print('x' * 10**6)\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_ctrl_c_leaves_with_130_and_says_what_is_kept(monkeypatch, capsys):

@@ -91,3 +91,10 @@ def test_fresh_removes_what_a_demo_made_and_nothing_else(tmp_path):
     demo(TINY, tmp_path, minutes=1, fresh=True, show=lambda _: None)
     assert (tmp_path / "mine.txt").read_text() == "keep me"
     assert not (tmp_path / "store" / "old").exists()
+
+
+def test_a_damaged_state_is_named_with_the_way_out(tmp_path):
+    for text in ("{", "[]", '{"request": 3}'):
+        (tmp_path / "demo.json").write_text(text)
+        with pytest.raises(ArgumentError, match=r"demo\.json is damaged .* Add --fresh"):
+            demo(TINY, tmp_path, minutes=1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,7 @@ from microtome.models import ActivationStore
 from microtome.report import About, write_report
 from microtome.report.features import Context, Feature
 from microtome.report.page import Page, render
-from microtome.report.write import metrics
+from microtome.report.write import Run, metrics
 
 
 class Tags(HTMLParser):
@@ -145,3 +146,20 @@ def test_a_report_without_a_finished_run_says_what_to_do(made, tmp_path):
     with pytest.raises(StoreError, match=r"holds no finished run .* microtome train --store DIR"):
         write_report(tmp_path, store, tmp_path / "r.html", about=About())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named_and_a_torn_line_of_the_log_is_left_out(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run, ignore=shutil.ignore_patterns("checkpoints"))
+    whole = len(Run.open(run).history)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 3')
+    assert len(Run.open(run).history) == whole > 0
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(StoreError, match=r"evaluation\.json: it is not JSON"):
+        Run.open(run)
+    (tmp_path / "text.json").write_text('{"vocabulary": {"a": "b"}}')
+    with pytest.raises(StoreError, match=r"text\.json is damaged .* or remove the file"):
+        About.read(tmp_path)
+    with pytest.raises(StoreError, match=r"is a folder\. Name the file"):
+        write_report(made.run, ActivationStore(made.store), tmp_path, about=About())

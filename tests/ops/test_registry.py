@@ -198,3 +198,10 @@ def test_the_forced_instruction_set_is_never_above_the_processors(
         wanted = level if level == "amx" and emulated else _native.LEVELS[min(number, best)]
         assert _native.isa() == wanted
         assert _native.emulates_amx() == (level == "amx" and emulated)
+
+
+def test_an_instruction_set_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROTOME_CPU_ISA", "avx-512")
+    message = "MICROTOME_CPU_ISA: no level 'avx-512'; choose one of generic, avx2, avx512"
+    with pytest.raises(errors.ArgumentError, match=message):
+        _native.forced_isa()

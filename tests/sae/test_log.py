@@ -90,6 +90,22 @@ def test_a_wandb_json_without_an_id_is_named(data, wandb_calls, tmp_path):
         run(data, tmp_path, wandb="saes")
 
 
+def test_what_weights_and_biases_refuses_is_said_with_the_way_out(data, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        msg = "No API key configured."
+        raise Error(msg)
+
+    module = types.ModuleType("wandb")
+    module.init, module.Error = init, Error
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = TrainConfig(steps=2, batch_size=50, wandb="p")
+    with pytest.raises(ArgumentError, match=r"refuses wandb='p': No API key .*WANDB_MODE=offline"):
+        train(SAE(12, 24, TopK(2)), data, config, progress=False)
+
+
 def test_tensorboard_gets_every_number(data, monkeypatch):
     written, folders = [], []
 

@@ -118,6 +118,11 @@ def change_cfg(path: Path, **changes) -> None:
         ({"k": "four"}, "must have k as a whole number above 0, got 'four'"),
         ({"k": 33}, "has k=33 above d_sae=32"),
         ({"d_in": 9}, r"W_enc in .* must be \[9, 32\] of floats as cfg.json says, is \[8, 32\]"),
+        (
+            {"apply_b_dec_to_input": "no"},
+            "must have apply_b_dec_to_input as true or false",
+        ),
+        ({"rescale_acts_by_decoder_norm": 0.0}, "must have rescale_acts_by_decoder_norm as true"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations='layer_norm'"),
         ({"reshape_activations": "hook_z"}, "has reshape_activations='hook_z'"),
     ],

@@ -78,6 +78,15 @@ def test_a_finished_run_is_returned_as_it_is(data, tmp_path: Path):
     assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
+def test_a_finished_run_whose_log_is_gone_is_returned_too(data, tmp_path: Path):
+    config = TrainConfig(**SETTINGS)
+    train(SAE(12, 48, TopK(3)), data, config, held_out=data, out=tmp_path, progress=False)
+    (tmp_path / "log.jsonl").unlink()
+    again = train(SAE(12, 48, TopK(3)), data, config, held_out=data, out=tmp_path, progress=False)
+    assert again.history == []
+    assert again.metrics.keys() == {"steps", "tokens", "fvu", "l0", "dead_fraction", "n_rows"}
+
+
 def test_a_folder_with_other_settings_is_refused_and_left_alone(data, tmp_path: Path):
     run(data, tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -169,6 +178,32 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoints_before(data, tmp_path: P
 def test_an_optimizer_that_is_none_is_named(data):
     with pytest.raises(ArgumentError, match=r"must return a torch.optim.Optimizer, returned list"):
         run(data, optimizer=list)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (torch.optim.LBFGS, "optimizer LBFGS cannot run here: it evaluates the loss several"),
+        (torch.optim.SparseAdam, "optimizer SparseAdam cannot run here: gradients are dense"),
+    ],
+)
+def test_an_optimizer_that_wants_other_gradients_is_refused_with_the_way_out(
+    data, optimizer, message
+):
+    config = TrainConfig(**{**SETTINGS, "optimizer": optimizer})
+    with pytest.raises(ArgumentError, match=message):
+        train(SAE(12, 48, TopK(3)), data, config, progress=False)
+
+
+def test_without_gradients_the_fused_step_runs_and_the_other_says_why_not(data):
+    plain = TrainConfig(**{**SETTINGS, "optimizer": torch.optim.Adam})
+    with torch.inference_mode():
+        run = train(SAE(12, 48, TopK(3)), data, TrainConfig(**SETTINGS), progress=False)
+        with pytest.raises(ArgumentError, match=r"inside torch\.inference_mode\(\) there are no"):
+            train(SAE(12, 48, TopK(3)), data, plain, progress=False)
+    assert math.isfinite(run.metrics["train_fvu"])
+    with pytest.raises(ArgumentError, match="config must be a TrainConfig, got dict"):
+        train(SAE(12, 48, TopK(3)), data, SETTINGS)
 
 
 def test_the_numbers_of_a_line_are_finite(data):

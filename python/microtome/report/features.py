@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome.errors import StoreError
 from microtome.report.survey import Rows, Survey, entries
 
 ABOUT = "text.json"
@@ -217,13 +218,24 @@ class About:
 
     @classmethod
     def read(cls, path: Path) -> About:
-        """Read text.json of a store directory; a store that has none shows token numbers."""
+        """Read text.json of a store directory; a store that has none shows token numbers.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
         file = path / ABOUT
         if not file.exists():
             return cls()
-        read = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = {int(token): text for token, text in read["vocabulary"].items()}
-        return cls(read["text"], vocabulary, tuple(read["notes"]))
+        try:
+            read = json.loads(file.read_text(encoding="utf-8"))
+            vocabulary = {int(token): text for token, text in read["vocabulary"].items()}
+            return cls(read["text"], vocabulary, tuple(read["notes"]))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            msg = (
+                f"report: {file} is damaged ({type(error).__name__}: {error}). Capture the store "
+                "again, or remove the file: the report then shows token numbers."
+            )
+            raise StoreError(msg) from error
 
     def write(self, path: Path) -> None:
         """Write text.json into a store directory, whole or not at all."""

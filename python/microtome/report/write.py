@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import microtome
+from microtome import _check
 from microtome.errors import StoreError
 from microtome.report import plots
 from microtome.report.features import About, choose, describe
@@ -42,9 +42,9 @@ class Run:
         """Read a run directory.
 
         Raises:
-            StoreError: it is not one, or training has not finished in it.
+            StoreError: it is not one, training has not finished in it, or a file of it is damaged.
         """
-        from microtome.sae import SAE
+        from microtome.sae import SAE, log
 
         if not (path / "sae").is_dir():
             msg = (
@@ -52,11 +52,10 @@ class Run:
                 f"Train there first: microtome train --store DIR --out {path}"
             )
             raise StoreError(msg)
-        lines = (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return cls(
             sae=SAE.from_pretrained(path / "sae"),
             config=_json(path / "config.json").get("config", {}),
-            history=[json.loads(line) for line in lines if line.strip()],
+            history=log.read(path / "log.jsonl"),
             evaluation=_json(path / EVALUATION) or _json(path / "metrics.json"),
         )
 
@@ -64,7 +63,9 @@ class Run:
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    from microtome.sae.files import read_json
+
+    read: dict[str, Any] = read_json(path)
     return read
 
 
@@ -85,9 +86,16 @@ def write_report(
         `out`. The file is written whole or not at all.
 
     Raises:
-        StoreError: the run is not finished, or the SAE's width is not the store's.
+        StoreError: the run is not finished or damaged, the SAE's width is not the store's, or
+            `out` is a folder.
+        ArgumentError: count is below 1.
         PackageError: matplotlib is not installed.
     """
+    _check.between("report", "count", count, 1, 1 << 31)
+    if out.is_dir():
+        msg = f"report: {out} is a folder. Name the file, such as {out / 'report.html'}."
+        raise StoreError(msg)
+    out.parent.mkdir(parents=True, exist_ok=True)
     loaded = Run.open(run)
     width = int(store.rows(slice(0, 1)).shape[-1])
     if width != loaded.sae.d_model:
@@ -127,7 +135,6 @@ def write_report(
             f"{found.context_length} is left out."
         ),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         plots.png(figure, out.parent / f"{figure.name}.png")
     partial = out.with_name(out.name + ".partial")
@@ -226,7 +233,10 @@ def metrics(evaluation: dict[str, Any]) -> list[Metric]:
 
 def _metrics_note(evaluation: dict[str, Any], model: str) -> str:
     rows = evaluation.get("n_rows")
+    seen = evaluation.get("rows_seen")
     on = f"On {rows:,} held-out tokens that training never saw" if rows else "On held-out tokens"
+    if seen:
+        on = f"On {rows:,} tokens, {seen:,} of which training saw"
     spliced = evaluation.get("ce_tokens")
     more = f"; the losses on {spliced:,} of them" if spliced else ""
     note = f"{on}{more}. The model is {model}."

@@ -143,7 +143,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}."
         raise CheckpointError(msg) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"cannot read {path}: it is not JSON ({error}); the file is truncated or corrupt."
         raise CheckpointError(msg) from error
 

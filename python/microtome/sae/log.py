@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,12 +45,11 @@ class JsonLines:
         with files.disk_errors(path):
             path.touch()
             kept = 0
-            for raw in path.read_bytes().splitlines(keepends=True):
-                line = _parse(raw)
-                if line is None or line["step"] > resumed:
+            for line, size in _lines(path):
+                if line["step"] > resumed:
                     break
                 self.history.append(line)
-                kept += len(raw)
+                kept += size
             os.truncate(path, kept)
             self._file = path.open("a", encoding="utf-8")
 
@@ -71,10 +71,18 @@ class JsonLines:
             self._file.close()
 
 
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that another rank writes."""
-    lines = (_parse(raw) for raw in path.read_bytes().splitlines(keepends=True))
-    return [line for line in lines if line is not None]
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl up to the first that is not whole; none where there is no file."""
+    return [line for line, _ in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The lines of a log and their bytes, up to the first that is not whole."""
+    for raw in path.read_bytes().splitlines(keepends=True):
+        line = _parse(raw)
+        if line is None:
+            return
+        yield line, len(raw)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -91,7 +99,13 @@ class _WandB:
         init = _import("wandb", "init", "wandb", project)
         # The same folder continues the same run after a crash.
         name, resume = (None, None) if out is None else (_wandb_id(out), "allow")
-        self.run = init(project=project, id=name, resume=resume, config=config.to_dict())
+        refused = getattr(importlib.import_module("wandb"), "Error", ())
+        try:
+            self.run = init(project=project, id=name, resume=resume, config=config.to_dict())
+        except refused as error:
+            msg = f"TrainConfig: Weights & Biases refuses wandb={project!r}: {error} Or set "
+            msg += "WANDB_MODE=offline, or leave wandb=None."
+            raise ArgumentError(msg) from error
 
     def write(self, line: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

@@ -14,7 +14,7 @@ from microtome import __version__
 from microtome.errors import CheckpointError
 from microtome.sae import checkpoint, files, sharded_checkpoint
 from microtome.sae.config import TrainConfig
-from microtome.sae.log import JsonLines, Sink, extra_sinks, logged
+from microtome.sae.log import JsonLines, Sink, extra_sinks, read
 from microtome.sae.loss import Losses
 from microtome.sae.ranks import ALONE
 from microtome.sae.sae import SAE
@@ -110,7 +110,7 @@ class Run:
                 self.history = list(self._log.history)
         if not self.ranks.first:
             with self.ranks.hold():
-                self.history = logged(out / "log.jsonl")
+                self.history = read(out / "log.jsonl")
 
     def _take_over(self, found: checkpoint.Checkpoint) -> None:
         with torch.no_grad():

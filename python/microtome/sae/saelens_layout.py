@@ -118,6 +118,10 @@ def _check_cfg(path: Path, cfg: Any) -> None:
     if cfg["k"] > cfg["d_sae"]:
         msg = f"from_pretrained: {path} has k={cfg['k']} above d_sae={cfg['d_sae']}."
         raise CheckpointError(msg)
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(cfg.get(name, False), bool):
+            msg = f"from_pretrained: {path} must have {name} as true or false, got {cfg[name]!r}."
+            raise CheckpointError(msg)
     for name in ("normalize_activations", "reshape_activations"):
         if cfg.get(name, "none") not in ("none", None):
             msg = f"from_pretrained: {path} has {name}={cfg[name]!r}; only 'none' can be read. "

@@ -78,7 +78,8 @@ def train(
         A TrainResult.
 
     Raises:
-        ShapeError, ArgumentError: activations do not fit the SAE, or it is wrapped.
+        ShapeError, ArgumentError: activations do not fit the SAE, it is wrapped, or config is no
+            TrainConfig.
         DistributedError: a rank failed, or read other rows; the same on every rank, as all errors.
         NonFiniteError: a batch holds NaN or infinity; the message names the rows. The SAE keeps its
             weights of the step before, and the last checkpoint stays.
@@ -103,12 +104,9 @@ def train(
                 start_b_dec_(sae.local if isinstance(sae, ShardedSAE) else sae, source, config)
             ranks.copy_from_first_(sae.parameters_in_order[3])
         _loop(run, source, held, config, progress)
-        last = run.history[-1]
-        metrics = {
-            "steps": run.step,
-            "tokens": run.step * config.batch_size,
-            **{f"train_{name}": last[name] for name in ("fvu", "l0", "dead_fraction")},
-        }
+        metrics: dict[str, Any] = {"steps": run.step, "tokens": run.step * config.batch_size}
+        for last in run.history[-1:]:  # none where a finished run's log.jsonl is gone
+            metrics |= {f"train_{name}": last[name] for name in ("fvu", "l0", "dead_fraction")}
         if held is not None:
             metrics.update(evaluate(sae, held, progress=progress).to_dict())
         run.finish(metrics, _metadata(source, metrics))
@@ -118,7 +116,11 @@ def train(
     return TrainResult(sae, run.history, metrics, run.out)
 
 
-def _check_sae(sae: object, config: TrainConfig) -> None:
+def _check_sae(sae: object, config: object) -> None:
+    if not isinstance(config, TrainConfig):
+        msg = f"train: config must be a TrainConfig, got {type(config).__name__}. Build one with "
+        msg += "TrainConfig(steps=...)."
+        raise ArgumentError(msg)
     if not isinstance(sae, (SAE, ShardedSAE)):
         msg = f"train: sae must be an SAE, or one from shard(), got {type(sae).__name__}."
         if hasattr(sae, "module"):

@@ -62,6 +62,7 @@ class UnfusedStep:
             msg = "TrainConfig: optimizer must return a torch.optim.Optimizer, returned "
             msg += f"{type(self.optimizer).__name__}."
             raise ArgumentError(msg)
+        _check_optimizer(self.optimizer)
         self.settings = {"optimizer_defaults": repr(self.optimizer.defaults)}
         self.peaks = [
             config.lr if config.lr is not None else float(group["lr"])
@@ -110,6 +111,21 @@ class UnfusedStep:
         """Take over what `state` gave."""
         self.optimizer.load_state_dict(_unflatten(described, tensors))
         self.since_fired.copy_(tensors["since_fired"])
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what cannot take one ordinary gradient a step."""
+    name = type(optimizer).__name__
+    why = None
+    if isinstance(optimizer, torch.optim.LBFGS):
+        why = "it evaluates the loss several times a step; pass one that takes a gradient a step"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        why = "gradients are dense here; optimizer='adam' with rowsparse=True has its semantics"
+    elif torch.is_inference_mode_enabled():
+        why = "inside torch.inference_mode() there are no gradients; leave it, or use 'adam'"
+    if why is not None:
+        msg = f"TrainConfig: optimizer {name} cannot run here: {why}."
+        raise ArgumentError(msg)
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
