@@ -34,6 +34,27 @@ def test_a_sequential_with_a_forward_of_its_own_is_not_walked_inside_the_kernel(
         permutation(model, torch.ones(1, 4), torch.zeros(2, 4), precision="bf16")
 
 
+def test_a_layer_that_does_something_else_is_not_walked_inside_the_kernel():
+    torch.manual_seed(0)
+    first, act, last = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+    model = nn.Sequential(first, act, last)
+    x, background = torch.ones(1, 4), torch.zeros(2, 4)
+    assert permutation(model, x, background).engine == "mlp"
+    with torch.autocast("cpu", torch.bfloat16):
+        found = permutation(model, x, background)
+        assert found.engine == "calls"
+        found.check_additivity()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: 2 * out if module is act else None
+    )
+    assert permutation(model, x, background).engine == "calls"
+    hook.remove()
+    act.forward = torch.sin
+    found = permutation(model, x, background)
+    assert found.engine == "calls"
+    assert torch.allclose(found.values.sum(1), (model(x) - model(background[:1])).double())
+
+
 def table(pandas):
     """Numbers, whole numbers, categories and truth values."""
     return pandas.DataFrame(
