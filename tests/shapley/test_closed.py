@@ -115,7 +115,9 @@ def test_a_pipeline_that_keeps_columns_apart_is_answered_by_its_last_step():
     found, truth = explain(scaled, ROWS, BACKGROUND), exact(scaled, ROWS, BACKGROUND)
     assert found.method == "linear (closed form)"
     assert torch.allclose(found.values, truth.values, atol=1e-10)
-    bent = make_pipeline(QuantileTransformer(n_quantiles=20), RandomForestRegressor(5, random_state=0))
+    bent = make_pipeline(
+        QuantileTransformer(n_quantiles=20), RandomForestRegressor(5, random_state=0)
+    )
     bent.fit(X, Y)
     found, truth = explain(bent.predict, ROWS, BACKGROUND), exact(bent.predict, ROWS, BACKGROUND)
     assert found.method == "TreeSHAP (shap)"
