@@ -65,7 +65,8 @@ class PartsGame:
         self._metric = as_metric(op, metric)
         self._ready(traced(engine, self._metric) if self._metric.whole else self._metric)
         self.unpatched, again = (
-            self._measure(self._own[None].clone(), lambda _: "of the clean run")[0] for _ in range(2)
+            self._measure(self._own[None].clone(), lambda _: "of the clean run")[0]
+            for _ in range(2)
         )
         if not bool((self.unpatched - again).abs().max() <= 1e-4 * again.abs().max()):
             msg = (
