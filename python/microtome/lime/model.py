@@ -36,7 +36,8 @@ class Model:
         self.op, self.per_call = op, max(1, per_call)
         self.evaluations = 0
         self._outputs = outputs
-        self._call = Outputs(f"{op}: f", function)
+        rows = "Samples differ from the input in some of its features"
+        self._call = Outputs(f"{op}: f", function, rows=rows)
 
     @property
     def scalar(self) -> bool:
