@@ -102,6 +102,30 @@ def test_results_can_be_looked_up_laid_out_and_written(smooth):
         found["a", "z"]
 
 
+@pytest.mark.parametrize("index", ["SII", "STII", "FSII"])
+def test_interactions_are_sampled_until_the_error_asked_for(index, smooth):
+    f, x, background = smooth
+    options = {"index": index, "target_error": 0.05, "max_evaluations": 15_000}
+    found = interactions(f, x, background, **options)
+    truth = interactions(f, x, background, index=index)
+    size, error, apart = (
+        a.square().mean(1).sqrt() for a in (truth.values, found.stderr, found.values - truth.values)
+    )
+    assert (error / size < 0.06).all()
+    assert (apart / size < 0.12).all()
+    assert found.evaluations < 3 * 13_000
+    alone = interactions(f, x[1:], background, **options, memory=1 << 12)
+    assert torch.equal(alone.values, found.values[1:])
+    assert torch.equal(alone.stderr, found.stderr[1:])
+
+
+def test_interactions_of_one_player_are_its_value():
+    for options in ({"n_coalitions": 10}, {"seconds": 5.0}, {"target_error": 0.1}):
+        found = interactions(SetGame(lambda z: 3.0 * z.sum(1), 1), **options)
+        assert found.values.item() == 3
+        assert found.exact
+
+
 @pytest.mark.parametrize("index", ["k-SII", "STII", "FSII"])
 def test_interactions_are_checked_for_their_sum(index, smooth):
     found = interactions(*smooth, index=index)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from microtome.shapley import kernel, permutation
+from microtome.shapley import interactions, kernel, permutation
 from microtome.shapley.mlp import MlpWalker
 
 TABLE = torch.randn(16, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -62,6 +62,32 @@ def test_an_interrupt_among_many_rows_keeps_those_that_were_begun(estimate):
     assert found.note.endswith(f"ended early; rows from {int(begun.sum())} on were not begun")
     same = estimate(Slow(), x[:50], BACKGROUND, progress=False)
     assert torch.equal(found.values[:50], same.values)
+
+
+def test_a_limit_in_seconds_holds_for_interactions(monkeypatch):
+    slow = Slow(monkeypatch)
+    found = interactions(slow, X, BACKGROUND, seconds=30.0, progress=False)
+    assert 15.0 < slow.now < 31.0
+    assert found.interrupted
+    assert not found.exact
+    assert not found.stderr.isnan().any()
+    found.check_additivity()
+
+
+def test_an_interrupt_keeps_what_was_sampled_of_interactions():
+    options = {"n_coalitions": 2000, "progress": False}
+    slow = Slow(patience=14_000)
+    found = interactions(slow, X[:1], BACKGROUND, **options)
+    assert found.interrupted
+    assert found.note.endswith("ended early")
+    truth = interactions(Slow(), X[:1], BACKGROUND)
+    assert (found.values - truth.values).abs().max() < 5 * found.stderr.max()
+    slow = Slow(patience=30_000)
+    found = interactions(slow, X, BACKGROUND, **options)
+    assert found.note.endswith("ended early; rows from 3 on were not done")
+    whole = interactions(Slow(), X, BACKGROUND, **options)
+    assert (found.values - whole.values)[:3].abs().max() < 5 * found.stderr[:3].max()
+    assert found.values[3:].isnan().all()
 
 
 def test_an_interrupt_of_a_long_walk_of_one_row_keeps_its_first_round():

@@ -20,7 +20,7 @@ from microtome.shapley.link import Link, link_of
 from microtome.shapley.regression import Regression
 from microtome.shapley.result import ShapleyValues, finish
 from microtome.shapley.running import Stop
-from microtome.shapley.subsets import SAMPLING, Drawn, Plan, plan_of
+from microtome.shapley.subsets import SAMPLING, Drawn, Plan, growing, plan_of
 
 _SHARED = 2048  # coalitions beside 2 p, by default, where all background rows share them
 _OWN = 8  # times p coalitions for each background row, by default, where each has its own
@@ -175,15 +175,7 @@ def _schedule(
     # for a first fit with as little as that takes.
     rows = 0 if stop.seconds is not None else game.rows_per_round * (1 if stop.asked else 4)
     now = max(2 * p if paired else 4 * p, rows // each)
-    found = []
-    while now < units / factor:
-        found.append(now)
-        now = math.ceil(now * factor)
-    plans = [plan_of(p, paired, sampling, units)]
-    for u in reversed(found):  # rounding must not take from a size what a smaller plan gave it
-        counts = zip(plan_of(p, paired, sampling, u).counts, plans[0].counts, strict=True)
-        plans.insert(0, Plan(p, paired, tuple(map(min, counts))))
-    return plans
+    return growing(plan_of(p, paired, sampling, units), now, factor, sampling)
 
 
 class _Rows:
@@ -294,7 +286,10 @@ class _Fit:
                     raise
                 self._write(plan, parts, who[:kept], apart[:kept], values, stderr)
                 return "interrupted", kept
-            late = not last and self._late(turn, began, until)
+            late = not last and self.stop.ends_late(
+                began, plan.units - (self.plans[turn - 1].units if turn else 0),
+                self.plans[turn + 1].units - plan.units, until,
+            )  # fmt: skip
             if last or late or self.stop.target_error is not None:
                 self._write(plan, parts, who, apart, values, stderr)
             if late:
@@ -310,16 +305,6 @@ class _Fit:
                 for part in parts:
                     part.targets = part.targets[:, :, keep]
         return "done", all_of_them
-
-    def _late(self, turn: int, began: float, until: float) -> bool:
-        """Whether the next plan would end after `until`, by what this one took."""
-        if self.stop.seconds is None:
-            return False
-        before, now, after = (
-            self.plans[t].units if t >= 0 else 0 for t in (turn - 1, turn, turn + 1)
-        )
-        clock = time.monotonic()
-        return clock + (clock - began) / max(1, now - before) * (after - now) > until
 
     def _write(
         self, plan: Plan, parts: list[_Rows], who: Tensor, apart: Tensor, values: Tensor,

@@ -103,6 +103,20 @@ class Stop:
             return False
         return time.monotonic() > (self.started + self.seconds if until is None else until)
 
+    def ends_late(self, began: float, took: int, following: int, until: float) -> bool:
+        """Whether a step of so many units would end after `until`, by what the last one took.
+
+        Args:
+            began: when the last step began, on the monotonic clock.
+            took: its units.
+            following: those of the step to come.
+            until: the time.
+        """
+        if self.seconds is None:
+            return False
+        now = time.monotonic()
+        return now + (now - began) / max(1, took) * following > until
+
     def reached(self, values: Tensor, stderr: Tensor) -> Tensor:
         """[e] bool: whose error is small enough."""
         if self.target_error is None:
