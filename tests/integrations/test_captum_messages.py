@@ -61,3 +61,9 @@ def test_samples_are_counted_from_one() -> None:
 def test_a_forward_function_that_returns_nan_is_named() -> None:
     with pytest.raises(NonFiniteError, match=r"ShapleyValues: forward_func returned NaN or infin"):
         ShapleyValues(lambda x: x.sum(1).log()).attribute(X, baselines=-1.0)
+
+
+@pytest.mark.parametrize("target", [3, -4, (3,), [0, 3], torch.tensor([0, 3])])
+def test_a_target_that_is_not_there_is_named_with_what_came(target: Any) -> None:
+    with pytest.raises(ShapeError, match=r"target=-?[34] names an entry that is not there.*, 3\]"):
+        FeatureAblation(lambda x: x[:, :3]).attribute(X, target=target)

@@ -46,6 +46,21 @@ def test_texts_go_to_the_model_in_batches_of_the_size_asked_for() -> None:
     assert max(sizes) == 7
 
 
+def test_a_masking_function_gets_the_rows_of_a_frame_and_not_its_columns() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame([[1.0, 2.0, 3.0], [0.5, -1.0, 2.0]], columns=["u", "v", "w"])
+
+    def masker(mask: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.where(mask, x, 0.0)[None]
+
+    peer, our = (
+        package.ExactExplainer(lambda x: x[:, 0] * x[:, 1] + x[:, 2], masker)(frame, silent=True)
+        for package in (theirs, ours)
+    )
+    np.testing.assert_allclose(our.values, peer.values, atol=1e-12)
+    assert our.feature_names == peer.feature_names == ["u", "v", "w"]
+
+
 def test_a_function_may_mask_with_several_rows() -> None:
     background = np.arange(6.0).reshape(2, 3)
 

@@ -289,7 +289,11 @@ def spoiled(f: Any) -> Any:
 @pytest.mark.parametrize(
     ("f", "error", "message"),
     [
-        (lambda a: a[:, 0] * torch.nan, NonFiniteError, "f returned NaN or infinity for 2 of 2"),
+        (
+            lambda a: a[:, 0] * torch.nan,
+            NonFiniteError,
+            r"f returned NaN or infinity for 2 of 2.* Samples differ",
+        ),
         (lambda a: a[:1, 0], ShapeError, r"was called with 2 rows and returned shape \[1\]"),
         (lambda a: a[:, :, None], ShapeError, r"must return \[rows\] or \[rows, outputs\]"),
         (lambda a: "no", ShapeError, "must return numbers"),
@@ -365,3 +369,25 @@ def test_a_model_that_works_in_place_is_explained_like_one_that_does_not(around:
     same = explain_tabular(lambda a: 2 * a[:, 0] + 2 * a[:, 3], given, rows, **options)
     assert torch.equal(found.coefficients, same.coefficients)
     assert np.array_equal(given, rows[:3])
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_an_interrupt_keeps_the_samples_that_were_answered(around: bool) -> None:
+    rows, seen = table(50), 0
+
+    def impatient(a: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(a)
+        if seen > 6 + 250:
+            raise KeyboardInterrupt
+        return linear(a)
+
+    options: Any = {"discretize": False, "around": around, "alpha": 0.0, "num_samples": 300}
+    found = explain_tabular(impatient, rows[:3], rows, memory=8 * 4 * 50, **options)
+    assert found.interrupted
+    assert found.note == f"ended early; {1 if around else 3} of 3 rows were begun"
+    whole = explain_tabular(linear, rows[:3], rows, **options)
+    assert torch.allclose(found.coefficients[0], whole.coefficients[0])
+    assert found.coefficients[2].isnan().all() == around
+    with pytest.raises(KeyboardInterrupt):
+        explain_tabular(impatient, rows[:3], rows, **options)

@@ -214,3 +214,67 @@ def test_a_model_that_works_in_place_changes_no_image() -> None:
     found = explain_image(doubled, image, segments=4, color=0.0, num_samples=50)
     assert found.prediction.item() == 1
     assert bool((image == 0.5).all())
+
+
+class Impatient:
+    """A function of texts or images after so many of which the user loses patience."""
+
+    def __init__(self, patience: float, value: Any) -> None:
+        self.patience, self.value = patience, value
+
+    def __call__(self, inputs: Any) -> Any:
+        self.patience -= len(inputs)
+        if self.patience < 0:
+            raise KeyboardInterrupt
+        return self.value(inputs)
+
+
+TALES = ["a good film and a long one", "not a bad one", "good, good"]
+
+
+def lengths(texts: list[str]) -> list[float]:
+    return [len(text) + 3.0 * text.count("good") for text in texts]
+
+
+def test_an_interrupt_keeps_the_texts_that_were_begun() -> None:
+    options: dict[str, Any] = {"num_samples": 100, "batch": 8, "progress": False}
+    whole = explain_text(lengths, TALES, **options)
+    first = explain_text(lengths, TALES[:1], **options).evaluations - 2
+    found = explain_text(Impatient(6 + first, lengths), TALES, **options)
+    assert found.interrupted
+    assert found.note == "ended early; 1 of 3 rows were begun"
+    done = explain_text(Impatient(6 + first + 8, lengths), TALES, **options)
+    assert done.note == "ended early; 2 of 3 rows were begun"
+    assert torch.equal(done.coefficients[0], whole.coefficients[0])
+    assert done.coefficients[2].isnan().all()
+    assert done.fidelity[:2].isfinite().all()
+    assert not done.chosen[2].any()
+    assert done.to_dict()["interrupted"]
+    assert done.top(2)[0]["feature"] == whole.top(2)[0]["feature"]
+
+
+def test_an_interrupt_of_a_later_run_keeps_the_runs_before() -> None:
+    options: dict[str, Any] = {"num_samples": 50, "batch": 8, "progress": False}
+    once = explain_text(lengths, TALES[:1], **options)
+    found = explain_text(Impatient(once.evaluations + 20, lengths), TALES[:1], repeats=5, **options)
+    assert found.note == "ended early, after 1 of 5 runs"
+    assert torch.equal(found.coefficients, once.coefficients)
+    assert found.stability is None
+
+
+def test_an_interrupt_before_anything_is_known_is_passed_on() -> None:
+    for patience in (0, 4):
+        with pytest.raises(KeyboardInterrupt):
+            explain_text(Impatient(patience, lengths), TALES, batch=8, progress=False)
+
+
+def test_an_interrupt_keeps_what_was_seen_of_an_image() -> None:
+    image = np.zeros((8, 8, 1))
+    image[:4, :4] = 1
+    value = Impatient(2 + 40, lambda a: a[:, 0, 0, 0])
+    found = explain_image(
+        value, [image, image], segments=16, color=0.0, memory=512 * 10, progress=False
+    )
+    assert found.interrupted
+    assert found.coefficients[1].isnan().all()
+    assert found.fidelity[0] > 0.9

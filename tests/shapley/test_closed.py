@@ -17,6 +17,13 @@ from sklearn.ensemble import (  # noqa: E402
     RandomForestRegressor,
 )
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import (  # noqa: E402
+    MinMaxScaler,
+    PolynomialFeatures,
+    QuantileTransformer,
+    StandardScaler,
+)
 
 needs_shap = pytest.mark.skipif(
     importlib.util.find_spec("shap") is None, reason="shap is not installed"
@@ -89,6 +96,43 @@ def test_trees_are_answered_by_treeshap_as_enumeration_does(model):
     sampled = permutation(f, ROWS, BACKGROUND, n_permutations=32)
     apart = (sampled.values - found.values).square().mean().sqrt()
     assert apart < 2 * sampled.stderr.square().mean().sqrt()
+
+
+@quiet
+@needs_shap
+def test_trees_are_answered_over_more_background_rows_than_shap_takes_by_itself():
+    model = RandomForestRegressor(5, random_state=0).fit(X, Y)
+    background = np.concatenate([X, X[:90] + 0.5])
+    found, truth = explain(model, ROWS, background), exact(model, ROWS, background)
+    assert found.method == "TreeSHAP (shap)"
+    assert torch.allclose(found.values, truth.values, atol=1e-6)
+
+
+@quiet
+@needs_shap
+def test_a_pipeline_that_keeps_columns_apart_is_answered_by_its_last_step():
+    scaled = make_pipeline(StandardScaler(), MinMaxScaler(), Ridge()).fit(X, Y)
+    found, truth = explain(scaled, ROWS, BACKGROUND), exact(scaled, ROWS, BACKGROUND)
+    assert found.method == "linear (closed form)"
+    assert torch.allclose(found.values, truth.values, atol=1e-10)
+    bent = make_pipeline(
+        QuantileTransformer(n_quantiles=20), RandomForestRegressor(5, random_state=0)
+    )
+    bent.fit(X, Y)
+    found, truth = explain(bent.predict, ROWS, BACKGROUND), exact(bent.predict, ROWS, BACKGROUND)
+    assert found.method == "TreeSHAP (shap)"
+    assert torch.allclose(found.values, truth.values, atol=1e-6)
+    mixed = make_pipeline(StandardScaler(), PolynomialFeatures(), Ridge()).fit(X, Y)
+    with pytest.raises(ArgumentError, match="PolynomialFeatures in the pipeline may mix columns"):
+        closed(mixed, ROWS, BACKGROUND)
+
+
+def test_a_layer_that_is_there_twice_counts_twice():
+    layer = torch.nn.Linear(5, 5).double()
+    model = torch.nn.Sequential(layer, layer)
+    found = closed(model, torch.tensor(ROWS), torch.tensor(BACKGROUND))
+    truth = exact(model, torch.tensor(ROWS), torch.tensor(BACKGROUND))
+    assert torch.allclose(found.values, truth.values)
 
 
 @quiet

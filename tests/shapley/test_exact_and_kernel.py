@@ -153,11 +153,11 @@ def test_an_interrupted_enumeration_keeps_the_rows_before():
     def f(rows):
         nonlocal seen
         seen += len(rows)
-        if seen > 1.5 * 2**20:
+        if seen > 1.5 * 2**16:
             raise KeyboardInterrupt
         return rows.sum(1)
 
-    found = exact(f, torch.ones(64, 16), torch.zeros(1, 16))
+    found = exact(f, torch.ones(8, 14), torch.zeros(1, 14))
     assert found.interrupted
-    torch.testing.assert_close(found.values[:16], torch.ones(16, 16).double())
-    assert found.values[16:].isnan().all()
+    torch.testing.assert_close(found.values[:4], torch.ones(4, 14).double())
+    assert found.values[4:].isnan().all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from microtome.errors import ArgumentError, NonFiniteError
+from microtome.errors import ArgumentError, NonFiniteError, ShapeError
 from microtome.shapley import InputGame, exact, explain, permutation
 from microtome.shapley.coalitions import of_members
 
@@ -32,6 +32,59 @@ def test_a_sequential_with_a_forward_of_its_own_is_not_walked_inside_the_kernel(
     found.check_additivity()
     with pytest.raises(ArgumentError, match="f computes its forward in its own way"):
         permutation(model, torch.ones(1, 4), torch.zeros(2, 4), precision="bf16")
+
+
+def test_a_layer_that_does_something_else_is_not_walked_inside_the_kernel():
+    torch.manual_seed(0)
+    first, act, last = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+    model = nn.Sequential(first, act, last)
+    x, background = torch.ones(1, 4), torch.zeros(2, 4)
+    assert permutation(model, x, background).engine == "mlp"
+    with torch.autocast("cpu", torch.bfloat16):
+        found = permutation(model, x, background)
+        assert found.engine == "calls"
+        found.check_additivity()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: 2 * out if module is act else None
+    )
+    assert permutation(model, x, background).engine == "calls"
+    hook.remove()
+    act.forward = torch.sin
+    found = permutation(model, x, background)
+    assert found.engine == "calls"
+    assert torch.allclose(found.values.sum(1), (model(x) - model(background[:1])).double())
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "uint16", "uint32", ">f4", "datetime64[D]", "U3"]
+)
+def test_a_function_of_arrays_gets_them_in_their_own_dtype(dtype):
+    x, background = (np.arange(3 * k).reshape(k, 3).astype("int64").astype(dtype) for k in (1, 2))
+    seen = set()
+
+    def f(rows):
+        seen.add(rows.dtype)
+        return np.array([float(len(np.unique(row))) for row in rows])
+
+    exact(f, x, background).check_additivity()
+    assert seen == {np.dtype(dtype).newbyteorder("=")}
+
+
+def test_arrays_that_run_backwards_are_explained():
+    x, background = np.arange(6.0).reshape(2, 3), np.zeros((1, 3))
+    found = exact(lambda rows: rows[:, 0] * rows[:, 1], x[::-1, ::-1], background[:, ::-1])
+    assert found.values[0].round(decimals=9).tolist() == [10, 10, 0]
+
+
+def test_what_no_rows_can_be_made_of_is_told():
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    rows = sparse.csr_matrix(np.eye(3))
+    with pytest.raises(ArgumentError, match=r"got a sparse matrix. Pass x.toarray\(\)"):
+        exact(lambda a: a[:, 0], rows, np.eye(3))
+    with pytest.raises(ArgumentError, match=r"got a sparse matrix. Pass background.toarray\(\)"):
+        exact(lambda a: a[:, 0], np.eye(3), rows)
+    with pytest.raises(ShapeError, match=r"x must be \[e, m\], or \[m\] for one row, got a single"):
+        exact(lambda a: a[:, 0], 1.0, np.eye(3))
 
 
 def table(pandas):

@@ -102,6 +102,44 @@ def test_results_can_be_looked_up_laid_out_and_written(smooth):
         found["a", "z"]
 
 
+@pytest.mark.parametrize("index", ["SII", "STII", "FSII"])
+def test_interactions_are_sampled_until_the_error_asked_for(index, smooth):
+    f, x, background = smooth
+    options = {"index": index, "target_error": 0.05, "max_evaluations": 15_000}
+    found = interactions(f, x, background, **options)
+    truth = interactions(f, x, background, index=index)
+    size, error, apart = (
+        a.square().mean(1).sqrt() for a in (truth.values, found.stderr, found.values - truth.values)
+    )
+    assert (error / size < 0.06).all()
+    assert (apart / size < 0.12).all()
+    assert found.evaluations < 3 * 13_000
+    alone = interactions(f, x[1:], background, **options, memory=1 << 12)
+    assert torch.equal(alone.values, found.values[1:])
+    assert torch.equal(alone.stderr, found.stderr[1:])
+
+
+def test_interactions_of_one_player_are_its_value():
+    for options in ({"n_coalitions": 10}, {"seconds": 5.0}, {"target_error": 0.1}):
+        found = interactions(SetGame(lambda z: 3.0 * z.sum(1), 1), **options)
+        assert found.values.item() == 3
+        assert found.exact
+
+
+@pytest.mark.parametrize("index", ["k-SII", "STII", "FSII"])
+def test_interactions_are_checked_for_their_sum(index, smooth):
+    found = interactions(*smooth, index=index)
+    assert found.check_additivity().abs().max() < 1e-9
+    found.values[1, 0] += 1
+    with pytest.raises(ArgumentError, match="check_additivity: the values of row 1 miss full - ba"):
+        found.check_additivity()
+
+
+def test_an_index_that_has_no_sum_says_so(smooth):
+    with pytest.raises(ArgumentError, match="index='SII' do not sum to full - base"):
+        interactions(*smooth, index="SII").check_additivity()
+
+
 def test_fewer_players_than_the_order_have_smaller_sets():
     for p in (1, 2):
         found = interactions(SetGame(lambda z: z.sum(1), p), order=3)
@@ -130,3 +168,6 @@ def test_pairs_are_drawn_as_a_heat_map(tmp_path):
     assert found.plot(tmp_path / "heat.png").stat().st_size > 1000
     with pytest.raises(ArgumentError, match=r"kind must be one of"):
         found.plot(tmp_path / "heat.png", "bar")
+    single = exact(lambda a: a[:, 0] * a[:, 1], np.ones((1, 3)), np.zeros((1, 3)))
+    with pytest.raises(ArgumentError, match=r"values of single players, not interactions\. U"):
+        single.plot(tmp_path / "heat.png", "heat")

@@ -321,6 +321,8 @@ HEADS = ("model", "clean", "corrupted", "metric")
         ({"layers": []}, ArgumentError, "layers is an empty list. Name at least one, or leave"),
         ({"absent": "noise"}, ArgumentError, "heads: absent must be one of"),
         ({"metric": lambda logits: logits.mean()}, ShapeError, "must return one number for each"),
+        ({"metric": lambda logits: torch.rand(len(logits))}, ArgumentError,
+         "the metric gives different answers to the same logits"),
         ({"metric": lambda logits: logits[:, -1, 3] * torch.nan}, NonFiniteError,
          "the metric is NaN for prompt 0 of the clean run"),
         ({"metric": lambda logits: logits[:, -1, 3] * torch.inf}, NonFiniteError,

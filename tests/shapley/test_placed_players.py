@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from microtome.errors import ArgumentError, PackageError, ShapeError
+from microtome.errors import ArgumentError, NonFiniteError, PackageError, ShapeError
 from microtome.shapley import SetGame, image_game, permutation, series_game
 from microtome.shapley.coalitions import of_members
 from microtome.shapley.image import blurred, grid
@@ -138,6 +138,11 @@ def mean_of(images):
             lambda: image_game(mean_of, IMAGE, segments=SEGMENTS - 99),
             ArgumentError,
             "all segments are negative, so no pixel plays",
+        ),
+        (
+            lambda: image_game(mean_of, np.full((6, 8), np.nan)),
+            NonFiniteError,
+            "image_game: image holds NaN or infinity in 48 places. Fill them in",
         ),
         (lambda: image_game(mean_of, IMAGE, segments=0), ArgumentError, "at least 1 superpixel"),
         (

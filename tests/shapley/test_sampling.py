@@ -189,6 +189,14 @@ class TestWhatAFunctionMayNotDo:
         with pytest.raises(ShapeError, match=r"must return \[rows\] or \[rows, outputs\], got"):
             estimate(lambda rows: f(rows)[:, None], x, background)
 
+    def test_return_complex_numbers(self, estimate, smooth):
+        f, x, background = smooth
+        for broken in (lambda rows: f(rows) * 1j, lambda rows: f(rows).numpy() * 1j):
+            with pytest.raises(
+                ShapeError, match=r"must return real numbers, got (torch\.)?complex"
+            ):
+                estimate(broken, x, background)
+
     def test_change_its_number_of_outputs(self, estimate, smooth):
         f, x, background = smooth
         with pytest.raises(ShapeError, match="returned 2 outputs at first and 1 now"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from microtome._seed import generator
 from microtome.errors import ShapeError
+from microtome.lime.equations import Equations
 from microtome.lime.kernels import Distance, Kernel, kernel_of
 from microtome.lime.local import Settings
-from microtome.lime.masks import equations_of, first_of_equal
+from microtome.lime.masks import answered, equations_of, first_of_equal
 from microtome.lime.model import Model
 from microtome.lime.result import LimeExplanation, finish
-from microtome.lime.ridge import Fit
 from microtome.lime.segments import Curtain, hidden, segments_of
 from microtome.shapley import running
 from microtome.shapley.call import as_function
@@ -78,6 +78,8 @@ def explain_image(
         ArgumentError, ShapeError, NonFiniteError: as in explain_tabular.
         PackageError: scikit-image is asked for and not installed.
 
+    Ctrl-C returns what can be said with the answers that had come (`interrupted`).
+
     Example:
         >>> import numpy as np
         >>> image = np.zeros((8, 8, 1))
@@ -99,32 +101,37 @@ def explain_image(
         Curtain(image, hidden(image, cut, color), cut)
         for image, cut in zip(images, cuts, strict=True)
     ]
-    runs: list[Fit] = []
-    with running.bar(len(images) * repeats, op, "image", progress) as bar:
-        for run in range(repeats):
-            systems = []
-            for i, (curtain, cut) in enumerate(zip(curtains, cuts, strict=True)):
-                random = generator(seed + run, "lime", "image")
-                p = int(cut.max()) + 1
-                on = torch.randint(0, 2, (num_samples - 1, p), generator=random).bool().numpy()
-                values = _values(model, layout, curtain, on)
-                every = torch.cat([prediction[i : i + 1], values])
-                systems.append(equations_of(op, on, every, kernel, distance, 1.0))
-                bar.update()
-            runs.append(settings.solve(systems))
+    bar = running.bar(len(images) * repeats, op, "image", progress)
+
+    def systems(run: int) -> Iterator[Equations]:
+        for i, (curtain, cut) in enumerate(zip(curtains, cuts, strict=True)):
+            random = generator(seed + run, "lime", "image")
+            p = int(cut.max()) + 1
+            on = torch.randint(0, 2, (num_samples - 1, p), generator=random).bool().numpy()
+            values = _values(model, layout, curtain, on)
+            every = torch.cat([prediction[i : i + 1], values])
+            yield equations_of(op, on[: len(values)], every, kernel, distance, 1.0)
+            bar.update()
+            if model.interrupted:
+                return
+
+    with bar:
+        runs, note = settings.run(model, systems, len(images))
     names = tuple(tuple(f"segment {j}" for j in range(int(cut.max()) + 1)) for cut in cuts)
     return finish(
         runs, prediction, model.scalar, names, kind="image", evaluations=model.evaluations,
         view={
             "segments": torch.from_numpy(np.stack(cuts)), "images": [to_show(a) for a in images],
         },
+        note=note, interrupted=model.interrupted,
     )  # fmt: skip
 
 
 def _values(model: Model, layout: _Layout, curtain: Curtain, on: np.ndarray) -> Tensor:
     first, which = first_of_equal(on)
     once = on[first]
-    return model(lambda a, b: layout.back(curtain(once[a:b])), len(once))[which]
+    values = model(lambda a, b: layout.back(curtain(once[a:b])), len(once))
+    return values[answered(which, len(values))]
 
 
 class _Layout:

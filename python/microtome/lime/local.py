@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from microtome.errors import ArgumentError
 from microtome.lime.equations import Equations, stack
+from microtome.lime.model import Model
 from microtome.lime.ridge import Fit, fit
 from microtome.lime.selection import check_selection, select
 
@@ -73,3 +75,34 @@ class Settings:
             for name in ("intercept", "local_prediction", "fidelity"):
                 getattr(out, name)[who] = getattr(part, name)
         return out
+
+    def run(
+        self, model: Model, systems: Callable[[int], Iterator[Equations]], e: int
+    ) -> tuple[list[Fit], str]:
+        """The fits of all runs, and what the user left of them, in words.
+
+        Args:
+            model: which says whether the user came.
+            systems: of a run, the equations of one explicand after another, as far as they go.
+            e: explicands.
+
+        Raises:
+            KeyboardInterrupt: before there is anything to keep.
+        """
+        runs: list[Fit] = []
+        for run in range(self.repeats):
+            found: list[Equations] = []
+            try:
+                for system in systems(run):
+                    found.append(system)
+            except KeyboardInterrupt:
+                model.interrupted = True
+            if not model.interrupted:
+                runs.append(self.solve(found))
+                continue
+            if runs:
+                return runs, f"ended early, after {run} of {self.repeats} runs"
+            if not found:
+                raise KeyboardInterrupt
+            return [self.solve(found)], f"ended early; {len(found)} of {e} rows were begun"
+        return runs, ""

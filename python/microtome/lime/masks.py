@@ -24,6 +24,12 @@ def first_of_equal(on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], order.argsort()[which.ravel()]
 
 
+def answered(which: np.ndarray, known: int) -> np.ndarray:
+    """The start of `which` [K] that the first `known` different rows answer: all, as a rule."""
+    unknown = which >= known
+    return which[: int(unknown.argmax())] if unknown.any() else which
+
+
 def mask_distances(op: str, on: np.ndarray, distance: Distance, scale: float) -> np.ndarray:
     """[K] distances of samples [K, p] bool from the one with all on, times `scale`."""
     p = on.shape[1]

@@ -24,6 +24,7 @@ class Model:
     Attributes:
         evaluations: rows f was called with.
         scalar: whether f returns one number a row; known after the first call.
+        interrupted: whether the user came between two calls.
     """
 
     def __init__(
@@ -34,20 +35,33 @@ class Model:
         per_call: int,
     ) -> None:
         self.op, self.per_call = op, max(1, per_call)
-        self.evaluations = 0
+        self.evaluations, self.interrupted = 0, False
         self._outputs = outputs
-        self._call = Outputs(f"{op}: f", function)
+        rows = "Samples differ from the input in some of its features"
+        self._call = Outputs(f"{op}: f", function, rows=rows)
 
     @property
     def scalar(self) -> bool:
         return self._call.scalar
 
     def __call__(self, rows: Callable[[int, int], Any], count: int) -> Tensor:
-        """[count, o] float64; `rows(start, stop)` makes the rows of one call."""
-        parts = []
+        """[count, o] float64; `rows(start, stop)` makes the rows of one call.
+
+        After an interruption there are only the answers that had come.
+
+        Raises:
+            KeyboardInterrupt: none had come.
+        """
+        parts: list[Tensor] = []
         for start in range(0, count, self.per_call):
             stop = min(start + self.per_call, count)
-            parts.append(self._call(rows(start, stop), stop - start))
+            try:
+                parts.append(self._call(rows(start, stop), stop - start))
+            except KeyboardInterrupt:
+                self.interrupted = True
+                if not parts:
+                    raise
+                break
             self.evaluations += stop - start
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out if self._outputs is None else out[:, self._wanted(out.shape[1])]
@@ -55,8 +69,10 @@ class Model:
     def explicands(self, rows: Callable[[int, int], Any], count: int, check: bool) -> Tensor:
         """[e, o]: f on the explicands, called twice to see whether f is deterministic."""
         first = self(rows, count)
-        if check:
-            check_deterministic(self.op, first, self(rows, count))
+        again = self(rows, count) if check and not self.interrupted else first
+        if self.interrupted:
+            raise KeyboardInterrupt
+        check_deterministic(self.op, first, again)
         return first
 
     def _wanted(self, o: int) -> list[int]:

@@ -57,6 +57,8 @@ class LimeExplanation:
         evaluations: rows f was called with.
         note: what else to know, or an empty string.
         stability: over seeds, if repeats were asked for.
+        interrupted: whether the user ended the sampling early: rows that were not begun are NaN,
+            and the last that was has fewer samples.
 
     A coefficient says how a linear model of f changes near the explicand, as the kernel and the
     samples define near. Where fidelity is low it says little of f.
@@ -74,6 +76,7 @@ class LimeExplanation:
     evaluations: int = 0
     note: str = ""
     stability: Stability | None = None
+    interrupted: bool = False
 
     def top(self, k: int = 10, row: int = 0, output: int = 0) -> list[dict[str, Any]]:
         """The k chosen features of a row with the largest coefficients, largest first."""
@@ -97,7 +100,9 @@ class LimeExplanation:
         return {
             "names": [list(names) for names in self.names],
             **{name: getattr(self, name).tolist() for name in tensors},
-            **{name: getattr(self, name) for name in ("kind", "evaluations", "note")},
+            **{
+                name: getattr(self, name) for name in ("kind", "evaluations", "note", "interrupted")
+            },
             "stability": self.stability and self.stability.to_dict(),
         }
 
@@ -140,7 +145,7 @@ def finish(
     **rest: Any,
 ) -> LimeExplanation:
     """The result of one run, or of several with other seeds: the first, and how they differ."""
-    first = runs[0]
+    first = _whole(runs[0], len(names), max(map(len, names)))
     parts = [
         first.coefficients, first.chosen, first.intercept, first.local_prediction, prediction,
         first.fidelity,
@@ -151,6 +156,21 @@ def finish(
         if steady is not None:
             steady = Stability(steady.seeds, steady.jaccard[..., 0], steady.spread[..., 0])
     return LimeExplanation(*parts, names, **rest, stability=steady)
+
+
+def _whole(run: Fit, e: int, p: int) -> Fit:
+    """A fit of the first rows as one of all e, NaN for those that were not begun."""
+    begun, own, o = run.coefficients.shape
+    if begun == e:
+        return run
+    coefficients = torch.full((e, p, o), torch.nan, dtype=torch.float64)
+    coefficients[:begun] = 0.0
+    coefficients[:begun, :own] = run.coefficients
+    chosen = torch.zeros(e, p, o, dtype=torch.bool)
+    chosen[:begun, :own] = run.chosen
+    rest = torch.full((e - begun, o), torch.nan, dtype=torch.float64)
+    parts = (torch.cat([a, rest]) for a in (run.intercept, run.local_prediction, run.fidelity))
+    return Fit(coefficients, chosen, *parts, run.index, run.valid)
 
 
 def _compare(runs: list[Fit]) -> Stability:

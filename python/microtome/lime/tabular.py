@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from microtome.lime.local import Settings
 from microtome.lime.model import Model
 from microtome.lime.neighbourhood import Neighbourhood, Samples, words_of
 from microtome.lime.result import LimeExplanation, finish
-from microtome.lime.ridge import Fit
 from microtome.shapley import running
 from microtome.shapley.call import as_function
 from microtome.shapley.game import MEMORY
@@ -103,6 +102,7 @@ def explain_tabular(
         ShapeError, NonFiniteError: f returns something else than numbers for each row.
         PackageError: an option needs scikit-learn.
 
+    Ctrl-C returns what can be said with the answers that had come (`interrupted`).
     Source: Ribeiro et al. 2016, arXiv:1602.04938.
 
     Example:
@@ -132,27 +132,33 @@ def explain_tabular(
     table = None
     if near.binary and isinstance(distance, str) and distance in ("euclidean", "cosine"):
         table = weights_of(op, kernel, binary_distances(distance, m))
-    runs: list[Fit] = []
-    with running.bar(e * repeats, op, "row", progress) as bar:
-        for run in range(repeats):
-            samples = near.draw(num_samples - 1, seed + run, sampling)
-            values = _values(model, columns, samples) if near.shared else None
-            systems = []
-            for i in range(e):
-                if values is None or not near.shared:
-                    near.centre(samples, i)
-                    values = _values(model, columns, samples)
-                every = torch.cat([prediction[i : i + 1], values])
-                if table is not None:
-                    systems.append(_coalitions(near.same(samples, i), table, every))
-                else:
-                    z = near.features(samples, i)
-                    weights = weights_of(op, kernel, distances_of(op, distance, z, z[0]))
-                    systems.append(from_rows(torch.from_numpy(z), torch.from_numpy(weights), every))
-                bar.update()
-            runs.append(settings.solve(systems))
-    scalar = model.scalar
-    return finish(runs, prediction, scalar, near.names, kind="table", evaluations=model.evaluations)
+    bar = running.bar(e * repeats, op, "row", progress)
+
+    def systems(run: int) -> Iterator[Equations]:
+        samples = near.draw(num_samples - 1, seed + run, sampling)
+        values = _values(model, columns, samples) if near.shared else None
+        for i in range(e):
+            if values is None or not near.shared:
+                near.centre(samples, i)
+                values = _values(model, columns, samples)
+            K = len(values)  # fewer than were drawn where the user ended it
+            every = torch.cat([prediction[i : i + 1], values])
+            if table is not None:
+                yield _coalitions(near.same(samples, i)[:, :K], table, every)
+            else:
+                z = near.features(samples, i)[: K + 1]
+                weights = weights_of(op, kernel, distances_of(op, distance, z, z[0]))
+                yield from_rows(torch.from_numpy(z), torch.from_numpy(weights), every)
+            bar.update()
+            if model.interrupted and not near.shared:
+                return
+
+    with bar:
+        runs, note = settings.run(model, systems, e)
+    return finish(
+        runs, prediction, model.scalar, near.names, kind="table", evaluations=model.evaluations,
+        note=note, interrupted=model.interrupted,
+    )  # fmt: skip
 
 
 def _values(model: Model, columns: Columns, samples: Samples) -> Tensor:

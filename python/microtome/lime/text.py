@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from microtome._seed import generator
 from microtome.errors import ArgumentError
+from microtome.lime.equations import Equations
 from microtome.lime.kernels import Distance, Kernel, kernel_of
 from microtome.lime.local import Settings
-from microtome.lime.masks import equations_of, first_of_equal
+from microtome.lime.masks import answered, equations_of, first_of_equal
 from microtome.lime.model import Model
 from microtome.lime.result import LimeExplanation, finish
-from microtome.lime.ridge import Fit
 from microtome.lime.words import Split, Words
 from microtome.shapley import running
 from microtome.shapley.call import of_texts
@@ -80,6 +80,8 @@ def explain_text(
         ArgumentError: a text without words, unknown options, a function that is not deterministic.
         ShapeError, NonFiniteError: f returns something else than numbers for each text.
 
+    Ctrl-C returns what can be said with the answers that had come (`interrupted`).
+
     Example:
         >>> found = explain_text(lambda texts: [float("good" in t) for t in texts], "a good film")
         >>> found.top(1)[0]["feature"]
@@ -103,17 +105,20 @@ def explain_text(
     function, labels = of_texts(op, f, batch)
     model = Model(op, function, outputs, batch)
     prediction = model.explicands(lambda a, b: texts[a:b], len(texts), check)
-    runs: list[Fit] = []
-    with running.bar(len(cut) * repeats, op, "text", progress) as bar:
-        for run in range(repeats):
-            systems = []
-            for i, words in enumerate(cut):
-                on = _draw(len(words.words), num_samples - 1, seed + run)
-                values = _values(model, words, on)
-                every = torch.cat([prediction[i : i + 1], values])
-                systems.append(equations_of(op, on, every, kernel, distance, 100.0))
-                bar.update()
-            runs.append(settings.solve(systems))
+    bar = running.bar(len(cut) * repeats, op, "text", progress)
+
+    def systems(run: int) -> Iterator[Equations]:
+        for i, words in enumerate(cut):
+            on = _draw(len(words.words), num_samples - 1, seed + run)
+            values = _values(model, words, on)
+            every = torch.cat([prediction[i : i + 1], values])
+            yield equations_of(op, on[: len(values)], every, kernel, distance, 100.0)
+            bar.update()
+            if model.interrupted:
+                return
+
+    with bar:
+        runs, note = settings.run(model, systems, len(cut))
     names = tuple(tuple(words.words) for words in cut)
     return finish(
         runs, prediction, model.scalar, names, kind="text", evaluations=model.evaluations,
@@ -121,6 +126,7 @@ def explain_text(
             "texts": tuple(texts), "pieces": tuple(words.labelled() for words in cut),
             "outputs": (labels,) * len(cut),
         },
+        note=note, interrupted=model.interrupted,
     )  # fmt: skip
 
 
@@ -136,4 +142,5 @@ def _values(model: Model, words: Words, on: np.ndarray) -> Tensor:
     """[K, o] values of the texts with some words off; equal texts are evaluated once."""
     first, which = first_of_equal(on)
     texts = [words.without(np.flatnonzero(~row)) for row in on[first]]
-    return model(lambda a, b: texts[a:b], len(texts))[which]
+    values = model(lambda a, b: texts[a:b], len(texts))
+    return values[answered(which, len(values))]

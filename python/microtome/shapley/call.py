@@ -20,15 +20,20 @@ class Outputs:
         function: takes one argument, which stands for R rows, and returns R numbers or R rows of o
             numbers: a tensor, an array, a DataFrame, a list, or a Hugging Face output with logits.
         hint: what to add to the message when an answer is NaN or infinite.
+        rows: what is done to the rows, for the same message.
 
     Attributes:
         scalar: whether it returns one number a row; known after the first call.
     """
 
     def __init__(
-        self, name: str, function: Callable[[Any], Any], hint: Callable[[], str] | None = None
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        hint: Callable[[], str] | None = None,
+        rows: str = "Absent players are replaced by background values",
     ) -> None:
-        self.name, self.function, self.hint = name, function, hint
+        self.name, self.function, self.hint, self.rows = name, function, hint, rows
         self.scalar = True
         self.outputs: int | None = None
 
@@ -72,8 +77,8 @@ class Outputs:
             hint = self.hint() if self.hint else ""
             msg = (
                 f"{self.name} returned NaN or infinity for {len(bad)} of {count} rows (row {first}"
-                f"{', ...' if len(bad) > 5 else ''}). {hint}Absent players are replaced by "
-                "background values: check that the model takes such rows."
+                f"{', ...' if len(bad) > 5 else ''}). {hint}{self.rows}: check that "
+                "the model takes such rows."
             )
             raise NonFiniteError(msg)
         return out
@@ -86,6 +91,9 @@ def as_tensor(out: Any, name: str) -> Tensor:
         ShapeError: it is nothing that holds numbers.
     """
     out = getattr(out, "logits", out)
+    if isinstance(out, Tensor | np.ndarray | np.generic) and "complex" in str(out.dtype):
+        msg = f"{name} must return real numbers, got {out.dtype}. Take .abs() or .real of them."
+        raise ShapeError(msg)
     if isinstance(out, Tensor):
         return out.detach().to("cpu", torch.float64)
     try:

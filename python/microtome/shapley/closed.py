@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,16 @@ from microtome.errors import ArgumentError
 from microtome.shapley._start import as_game
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.inputs import InputGame
+from microtome.shapley.mlp import changed, flat
 from microtome.shapley.result import ShapleyValues, finish
 
+Rows = tuple[Tensor, Tensor]  # x [e, m] and background [n, m], float64
+
 _TOLERANCE = 1e-4  # of the largest answer: how well a closed form has to repeat f on the rows given
+_BY_COLUMN = (  # steps of a pipeline after which a column is still that column
+    "StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler", "PowerTransformer",
+    "QuantileTransformer",
+)  # fmt: skip
 _FORESTS = (
     "DecisionTree", "ExtraTree", "ExtraTrees", "RandomForest", "GradientBoosting",
     "HistGradientBoosting", "IsolationForest", "XGB", "XGBRF", "LGBM",
@@ -40,7 +48,8 @@ def closed(
     A linear model is an nn.Linear, an nn.Sequential of Linear layers without activations, or a
     fitted scikit-learn model with coef_ whose predict or decision_function is linear; trees are
     scikit-learn's forests and boosted trees, xgboost's and lightgbm's, where shap is installed. A
-    closed form counts only if it repeats f's answers on the rows given.
+    scikit-learn pipeline may scale or transform each column before either. A closed form counts
+    only if it repeats f's answers on the rows given.
 
     Args:
         f: the model, or its bound method: model.decision_function, model.predict_proba, ...
@@ -81,14 +90,22 @@ def closed_form(game: Game) -> ShapleyValues | str:
     """The values of a game in closed form, or why there are none."""
     if not isinstance(game, InputGame):
         return "the game is not one of a model's inputs"
-    weight = linear_of(game.f)
-    if weight is not None:
-        return _linear(game, weight)
     model, method = _owner(game.f)
+    rows: Callable[[], Rows | None] = partial(_numbers, game)
+    if type(model).__module__ == "sklearn.pipeline" and type(model).__name__ == "Pipeline":
+        steps = [step for _, step in model.steps]
+        other = [type(step).__name__ for step in steps[:-1] if not _keeps_columns(step)]
+        if other:
+            return f"{', '.join(other)} in the pipeline may mix columns"
+        rows = partial(_transformed, game, model)
+        model = steps[-1]
+    weight = linear_of(game.f if isinstance(game.f, nn.Module) else getattr(model, method, None))
+    if weight is not None:
+        return _linear(game, weight, rows())
     name = type(model).__name__.removesuffix("Classifier").removesuffix("Regressor")
     home = type(model).__module__.split(".")[0]
     if home in ("sklearn", "xgboost", "lightgbm") and name in _FORESTS:
-        return _trees(game, model, method)
+        return _trees(game, model, method, rows())
     return f"{type(model).__name__} is neither a linear model nor trees"
 
 
@@ -109,14 +126,14 @@ def _layers(f: nn.Module) -> Tensor | None:
     """The product of the Linear layers of a module that has no others."""
     if not isinstance(f, nn.Sequential | nn.Linear):
         return None
+    if changed(f):
+        return None
     weight = None
-    for module in f.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
+    for module in flat(f if isinstance(f, nn.Sequential) else nn.Sequential(f)):
         if type(module) is nn.Linear:
             here = module.weight.detach().double()
             weight = here if weight is None else here @ weight
-        elif type(module) not in (nn.Sequential, nn.Identity, nn.Flatten):
+        elif type(module) not in (nn.Identity, nn.Flatten):
             return None
     return None if weight is None else weight.cpu()
 
@@ -128,8 +145,22 @@ def _owner(f: Any) -> tuple[Any, str]:
     return getattr(f, "__self__", f), getattr(f, "__name__", "")
 
 
-def _linear(game: InputGame, weight: Tensor) -> ShapleyValues | str:
-    rows = _numbers(game)
+def _keeps_columns(step: Any) -> bool:
+    return step == "passthrough" or (
+        type(step).__module__.startswith("sklearn.preprocessing.")
+        and type(step).__name__ in _BY_COLUMN
+    )
+
+
+def _transformed(game: InputGame, pipeline: Any) -> Rows | None:
+    """x and background as the last step of a pipeline sees them."""
+    back = game.rows.back
+    both = (pipeline[:-1].transform(back(a)) for a in (game.rows.x, game.rows.background))
+    x, background = (torch.from_numpy(np.array(a, dtype=np.float64)) for a in both)
+    return x, background
+
+
+def _linear(game: InputGame, weight: Tensor, rows: Rows | None) -> ShapleyValues | str:
     if rows is None:
         return "x holds other things than numbers"
     x, background = rows
@@ -154,23 +185,24 @@ def _linear(game: InputGame, weight: Tensor) -> ShapleyValues | str:
     return finish(game, values, None, "linear (closed form)", exact=True, engine="weights")
 
 
-def _trees(game: InputGame, model: Any, method: str) -> ShapleyValues | str:
+def _trees(game: InputGame, model: Any, method: str, rows: Rows | None) -> ShapleyValues | str:
     if game.player is not None:
         return "shap's TreeExplainer takes no groups of columns"
     if importlib.util.find_spec("shap") is None:
         return "trees take the package shap, which is not installed (pip install shap)"
-    rows = _numbers(game)
     if rows is None:
         return "x holds other things than numbers"
     import shap
 
     x, background = (a.numpy() for a in rows)
+    # Of an array of more than 100 rows shap takes 100.
+    behind = shap.maskers.Independent(background, max_samples=len(background))
     empty, full = game.ends()
     # Not model_output="probability": shap then scales the values of the raw output for each
     # background row, which sums up but is no Shapley value (0.03 off exact() on 6 columns).
     try:
         explainer = shap.TreeExplainer(
-            model, data=background, feature_perturbation="interventional", model_output="raw"
+            model, data=behind, feature_perturbation="interventional", model_output="raw"
         )
         values = explainer.shap_values(x, check_additivity=False)
     except (ValueError, NotImplementedError, TypeError, AssertionError) as error:
@@ -184,7 +216,7 @@ def _trees(game: InputGame, model: Any, method: str) -> ShapleyValues | str:
     return f"shap's TreeExplainer does not explain the {method} of {type(model).__name__}"
 
 
-def _numbers(game: InputGame) -> tuple[Tensor, Tensor] | None:
+def _numbers(game: InputGame) -> Rows | None:
     """x and background as float64, or None if they are not numbers."""
     rows = game.rows
     if rows._pools is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check
-from microtome.errors import ArgumentError, PackageError, ShapeError
+from microtome.errors import ArgumentError, NonFiniteError, PackageError, ShapeError
 from microtome.shapley.game import MEMORY
 from microtome.shapley.inputs import InputGame
 from microtome.shapley.players import Players
@@ -54,6 +54,7 @@ def image_game(
     Raises:
         ShapeError: the image, its segments or its background have another shape.
         ArgumentError: an unknown option, or no superpixel.
+        NonFiniteError: the image holds NaN or infinity.
         PackageError: segments="slic" without scikit-image.
 
     A superpixel's value depends on the background: a blurred image keeps its colours, which a model
@@ -109,6 +110,10 @@ def _image(op: str, image: Any, channels_last: bool | None) -> tuple[np.ndarray,
             f"{what}. Pass one image at a time."
         )
         raise ShapeError(msg)
+    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+        count = int((~np.isfinite(raw)).sum())
+        msg = f"{op}: image holds NaN or infinity in {count} places. Fill them in, then explain it."
+        raise NonFiniteError(msg)
     if raw.ndim == 2:
         return raw[:, :, None], True, raw
     if channels_last is None:

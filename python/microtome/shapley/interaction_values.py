@@ -12,6 +12,7 @@ from torch import Tensor
 from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.shapley.players import Players
+from microtome.shapley.result import additivity
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,25 @@ class Interactions:
             )
             raise ArgumentError(msg)
         return self.values[:, self._at[key]]
+
+    def check_additivity(self, tolerance: float = 1e-4) -> Tensor:
+        """The sum of a row's interactions less (full - base): [e] or [e, o].
+
+        Args:
+            tolerance: largest difference allowed, as a fraction of the largest value in sight.
+
+        Rows that were not begun before an interruption give NaN, and no error.
+
+        Raises:
+            ArgumentError: it is larger; or the index is "SII", which does not sum to it.
+        """
+        if self.index == "SII":
+            msg = (
+                "check_additivity: the interactions of index='SII' do not sum to full - base; its "
+                "single players' do. Take 'k-SII', 'STII' or 'FSII'."
+            )
+            raise ArgumentError(msg)
+        return additivity(self.values, self.base_values, self.full_values, tolerance)
 
     def matrix(self) -> Tensor:
         """[e, p, p] or [e, p, p, o]: pairs beside the diagonal, single players on it."""

@@ -13,7 +13,6 @@ from microtome import _check
 from microtome.errors import ArgumentError
 from microtome.shapley import running
 from microtome.shapley._start import as_game
-from microtome.shapley.coalitions import MEAN, spans, unpack
 from microtome.shapley.exact import affordable, every_coalition
 from microtome.shapley.game import MEMORY, Game
 from microtome.shapley.indices import (
@@ -24,14 +23,16 @@ from microtome.shapley.indices import (
     kernel_weights,
 )
 from microtome.shapley.interaction_values import Interactions
+from microtome.shapley.interactions_sampled import Sampled, by_column, terms_of
 from microtome.shapley.link import Link, link_of
 from microtome.shapley.regression import one_thread
 from microtome.shapley.result import finish
-from microtome.shapley.subsets import Drawn, Plan, plan_of, population
+from microtome.shapley.running import Stop
+from microtome.shapley.subsets import Plan, growing, plan_of, population
 
 _EXACT = 1 << 17  # evaluations of a row below which all coalitions are taken
 _ROWS = 4  # coalitions for each term of the fit, by default
-_LEAST = 0.05  # of a residual that is taken to be left after the fit
+_MOST = 1 << 15  # coalitions where nothing else but the error or the time ends the sampling
 _ORDERS = 5
 _NUMBERS = 1 << 27  # of the matrix from coalitions to sets
 
@@ -46,6 +47,8 @@ def interactions(
     n_coalitions: int | None = None,
     groups: Mapping[str, Sequence[int | str]] | Sequence[int] | Tensor | None = None,
     max_evaluations: int | None = None,
+    target_error: float | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     link: str | Link = "identity",
     memory: int = MEMORY,
@@ -56,7 +59,8 @@ def interactions(
 
         I(T) = sum over coalitions S of c(T, S) v(S)
 
-    From all coalitions where 2^p n evaluations fit the budget, and n_coalitions is not given. Else
+    From all coalitions where 2^p n evaluations fit the budget, and neither n_coalitions nor seconds
+    is given. Else
     from a sample: a polynomial of degree `order` is fitted as `kernel` fits a linear function, its
     interactions are known, and those of what it leaves are estimated by the same sample (the
     regression estimator of survey sampling; Witter et al. 2025 for Shapley values). FSII is that
@@ -74,6 +78,10 @@ def interactions(
         groups: players that are groups of columns, as in `permutation`.
         max_evaluations: most model rows for each explicand; 131,072 by default where that is
             enough for all coalitions.
+        target_error: stop a row when the RMS standard error over sets falls below this fraction of
+            the RMS interaction, n_coalitions or max_evaluations permitting.
+        seconds: stop all when so much time has passed, but not before every row has a first fit;
+            the result then depends on the machine.
         seed: of the coalitions.
         link: "identity", "logit", or a function: explains link(mean over background of f).
         memory: bytes of rows in one call of f, and of values held.
@@ -89,7 +97,8 @@ def interactions(
         ShapeError, NonFiniteError: f returns something else than numbers for each row.
 
     An interaction says how f answers to values changing together; it does not follow that the
-    players act together in the world. Ctrl-C keeps the rows that are done. Deterministic.
+    players act together in the world. Ctrl-C keeps the rows that are done, and of the row it meets
+    the samples up to the last look at it, with their errors. Deterministic.
 
     Example:
         >>> import torch
@@ -105,32 +114,36 @@ def interactions(
     _check.between(op, "order", order, 1, _ORDERS)
     order = min(order, p)
     linked = link_of(op, link)
-    if _terms(p, order) * p > _NUMBERS:
+    if terms_of(p, order) * p > _NUMBERS:
         msg = (
-            f"{op}: p={p} players have {_terms(p, order):,} sets of up to {order}, more than can "
+            f"{op}: p={p} players have {terms_of(p, order):,} sets of up to {order}, more than can "
             "be held. Lower the order, or group players."
         )
         raise ArgumentError(msg)
     sets = Sets(p, order)
+    stop = Stop(op, target_error, seconds)
     budget = _EXACT if max_evaluations is None else max_evaluations
-    whole = n_coalitions is None and affordable(game, budget)
-    run: _Enumerated | _Sampled
+    free = n_coalitions is None and seconds is None
+    whole = p == 1 or (free and affordable(game, budget))  # one player's value is full - empty
+    run: _Enumerated | Sampled
     if whole:
         run = _Enumerated(game, sets, index, linked)
     else:
-        plan = _plan(op, game, sets, index, n_coalitions, max_evaluations)
-        run = _Sampled(game, sets, index, linked, plan, seed)
-    return _collect(op, game, run, sets, index, linked, memory, progress)
+        plans = _plans(op, game, sets, index, n_coalitions, max_evaluations, stop)
+        run = Sampled(game, sets, index, linked, plans, seed, stop)
+    return _collect(op, game, run, sets, index, linked, memory, progress, stop)
 
 
-def _plan(
+def _plans(
     op: str,
     game: Game,
     sets: Sets,
     index: str,
     n_coalitions: int | None,
     max_evaluations: int | None,
-) -> Plan:
+    stop: Stop,
+) -> list[Plan]:
+    """Plans from small to large; they depend on sizes and budgets alone."""
     p, n = sets.p, game.backgrounds
     small = {s: population(p, s, True) for s in range(1, min(sets.order, p // 2 + 1))}
     least = 2 * p
@@ -145,6 +158,8 @@ def _plan(
         n_coalitions = most if n_coalitions is None else min(n_coalitions, most)
     elif n_coalitions is None:
         n_coalitions = max(_ROWS * len(sets), 2048)
+        if stop.asked:
+            n_coalitions = max(n_coalitions, min(_MOST, _NUMBERS // (4 * len(sets))))
     if n_coalitions < least:
         msg = (
             f"{op}: {index} of order {sets.order} takes at least {least} coalitions for p={p} "
@@ -160,17 +175,10 @@ def _plan(
         )
         raise ArgumentError(msg)
     whole = sets.order - 1 if index == "STII" else 0
-    return plan_of(p, True, "leverage", min(n_coalitions, every) // 2, whole)
-
-
-def _pieces(matrix: Tensor, columns: Tensor) -> Tensor:
-    """matrix [T, K] times columns [e', K, o] -> [e', T, o], each column by itself."""
-    with one_thread():
-        out = [matrix @ column for row in columns for column in row.T]
-    shape = (len(columns), columns.shape[2], len(matrix))
-    return torch.stack(out).reshape(shape).transpose(1, 2) if out else columns.new_zeros(
-        len(columns), len(matrix), columns.shape[2]
-    )  # fmt: skip
+    largest = plan_of(p, True, "leverage", min(n_coalitions, every) // 2, whole)
+    rows = 0 if stop.seconds is not None else game.rows_per_round
+    first = max(least, rows // (2 * n))
+    return growing(largest, first, 1.5 if stop.asked else 2, "leverage", whole)
 
 
 class _Enumerated:
@@ -184,8 +192,14 @@ class _Enumerated:
         self.all = 1 << sets.p  # coalitions, and how many of them are held at a time
         self.each = min(self.all, 1 << 12)
 
-    def __call__(self, who: Tensor, empty: Tensor, full: Tensor) -> tuple[Tensor, Tensor | None]:
-        """values [e', T, o] of explicands, from their ends [e', o]."""
+    def __call__(
+        self, who: Tensor, empty: Tensor, full: Tensor, into: tuple[Tensor, Tensor], until: float
+    ) -> str:
+        """Fill in values and errors [e, T, o] of explicands, from their ends [e', o]."""
+        into[0][who], into[1][who] = self._values(who, empty, full), 0.0
+        return "done"
+
+    def _values(self, who: Tensor, empty: Tensor, full: Tensor) -> Tensor:
         sets, index = self.sets, self.index
         total = torch.zeros(len(who), len(sets), empty.shape[1], dtype=torch.float64)
         weights = kernel_weights(sets.p)
@@ -193,14 +207,14 @@ class _Enumerated:
         for inside, v in self._all(who, empty, full):
             if index == "FSII":
                 matrix = sets.monomials(inside) * weights[inside.sum(1)][:, None]
-                total += _pieces(matrix.T, v - empty[:, None])
+                total += by_column(matrix.T, v - empty[:, None])
             else:
-                total += _pieces(sets.coefficients(base, inside).T, v)
+                total += by_column(sets.coefficients(base, inside).T, v)
         if index == "FSII":
             with one_thread():
                 matrix, d = constrained(kernel_gram(sets))
-            return _pieces(matrix, total) + d[:, None] * (full - empty)[:, None], None
-        return (_pieces(sets.gather(), total) if index == "k-SII" else total), None
+            return by_column(matrix, total) + d[:, None] * (full - empty)[:, None]
+        return by_column(sets.gather(), total) if index == "k-SII" else total
 
     def _all(self, who: Tensor, empty: Tensor, full: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         ends = torch.tensor([False, True])[:, None].expand(2, self.sets.p)
@@ -208,87 +222,16 @@ class _Enumerated:
         yield from every_coalition(self.game, who, self.link)
 
 
-class _Sampled:
-    """Interactions from a stratified sample of pairs of coalitions, helped by a polynomial."""
-
-    def __init__(
-        self, game: Game, sets: Sets, index: str, link: Link | None, plan: Plan, seed: int
-    ) -> None:
-        self.game, self.link, self.exact = game, link, plan.complete
-        drawn = Drawn(0, 1, plan, seed)
-        ranks, sizes = drawn.extend(plan)
-        self.ranks, p, U = ranks[0], sets.p, len(sizes)
-        zero, last = torch.zeros_like(sizes), torch.full_like(sizes, p)
-        lo, hi = torch.cat([zero, sizes]), torch.cat([sizes, last])
-        background = torch.tensor(MEAN if game.backgrounds > 1 else 0)
-        self.spans = spans(background, torch.arange(U).repeat(2), lo, hi)  # first all S, then S^c
-        inside = unpack(drawn.words[0], p)
-        inside = torch.cat([inside, ~inside])
-        weights, rest = plan.weights(sizes)
-        kernel = kernel_weights(p)[inside.sum(1)]
-        expand = weights.repeat(2) / (2 * kernel)  # coalitions of the size over those drawn
-        # The largest degree for which the sample has coalitions to spare.
-        degree = max(d for d in range(1, sets.order + 1) if d == 1 or 1.5 * _terms(p, d) <= 2 * U)
-        if index == "FSII":
-            degree = sets.order
-        self.note = f"a polynomial of degree {degree} and {2 * U} coalitions"
-        self.x = sets.monomials(inside)[:, : _terms(p, degree)]  # [2 U, A]
-        weighted = self.x * (kernel * expand)[:, None]
-        with one_thread():
-            matrix, self.d = constrained(self.x.T @ weighted)
-            self.fit = matrix @ weighted.T  # [A, 2 U]
-            leverage = (self.x.T * self.fit).sum(0)
-        if index == "FSII":
-            self.to_sets = self.fit
-            of_terms = torch.eye(len(sets), dtype=torch.float64)
-        else:
-            base = "STII" if index == "STII" else "SII"
-            of_terms = sets.of_polynomial(base, degree)
-            of_rest = sets.coefficients(base, inside).T * expand
-            with one_thread():
-                if index == "k-SII":
-                    of_terms, of_rest = sets.gather() @ of_terms, sets.gather() @ of_rest
-                of_terms = of_terms - of_rest @ self.x
-                self.to_sets = of_rest + of_terms @ self.fit  # [T, 2 U]
-        self.to_ends = of_terms @ self.d
-        self.inflate = 1 / (1 - leverage).clamp(min=_LEAST)  # of residuals, as in a jackknife
-        self.rest = rest
-        self.all = self.each = 2 * U
-
-    def __call__(self, who: Tensor, empty: Tensor, full: Tensor) -> tuple[Tensor, Tensor | None]:
-        """values and standard errors [e', T, o] of explicands, from their ends [e', o]."""
-        v = self.game.values(self.ranks, self.spans, who)
-        target = (v if self.link is None else self.link(v)) - empty[:, None]
-        apart = (full - empty)[:, None]
-        values = _pieces(self.to_sets, target) + self.to_ends[:, None] * apart
-        if self.exact:
-            return values, None
-        terms = _pieces(self.fit, target) + self.d[:, None] * apart  # [e', A, o]
-        left = (target - _pieces(self.x, terms)) * self.inflate[:, None]
-        U = len(self.rest)
-        variance = torch.empty_like(values)
-        for i, j in torch.cartesian_prod(
-            torch.arange(len(who)), torch.arange(values.shape[2])
-        ).tolist():
-            share = self.to_sets * left[i, :, j]
-            pair = share[:, :U] + share[:, U:]
-            variance[i, :, j] = (pair.square() * self.rest).sum(1)
-        return values, variance.sqrt()
-
-
-def _terms(p: int, degree: int) -> int:
-    return sum(math.comb(p, d) for d in range(1, degree + 1))
-
-
 def _collect(
     op: str,
     game: Game,
-    run: _Enumerated | _Sampled,
+    run: _Enumerated | Sampled,
     sets: Sets,
     index: str,
     link: Link | None,
     memory: int,
     progress: bool,
+    stop: Stop,
 ) -> Interactions:
     """Run over blocks of explicands, and the result."""
     empty, full = game.ends()
@@ -298,26 +241,32 @@ def _collect(
     e, o = full.shape
     empty = empty.expand(e, -1)
     values = torch.full((e, len(sets), o), math.nan, dtype=torch.float64)
-    stderr = torch.zeros_like(values)
+    stderr = torch.full_like(values, math.nan)
     fits = memory // (8 * o * max(run.each, len(sets)))
     block = max(1, min(fits, running.KEPT // (game.backgrounds * run.all)))
-    done = 0
+    done, interrupted = 0, False
     try:
         with running.bar(e, op, "row", progress) as bar:
             for at in range(0, e, block):
                 who = torch.arange(at, min(at + block, e))
-                values[who], error = run(who, empty[who], full[who])
-                if error is not None:
-                    stderr[who] = error
+                until = stop.share(len(who) / (e - at))
+                ended = run(who, empty[who], full[who], (values, stderr), until)
                 done = at + len(who)
                 bar.update(len(who))
+                interrupted |= ended != "done"
+                if ended == "interrupted":
+                    break
     except KeyboardInterrupt:
         if done == 0:
             raise
-    notes = [run.note, "" if done == e else f"ended early; rows from {done} on were not done"]
+        interrupted = True
+    notes = [run.note]
+    if interrupted:
+        rest = f"; rows from {done} on were not done" if done < e else ""
+        notes.append(f"ended early{rest}")
     ends = finish(game, values, stderr, op, link=link)
     return Interactions(
         ends.values, ends.stderr, sets.sets, index, sets.order, ends.base_values, ends.full_values,
-        game.players, op, game.engine, game.evaluations, run.exact, done < e,
+        game.players, op, game.engine, game.evaluations, run.exact and not interrupted, interrupted,
         "; ".join(filter(None, notes)),
     )  # fmt: skip

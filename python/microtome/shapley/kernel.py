@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from microtome.shapley.link import Link, link_of
 from microtome.shapley.regression import Regression
 from microtome.shapley.result import ShapleyValues, finish
 from microtome.shapley.running import Stop
-from microtome.shapley.subsets import SAMPLING, Drawn, Plan, plan_of
+from microtome.shapley.subsets import SAMPLING, Drawn, Plan, growing, plan_of
 
 _SHARED = 2048  # coalitions beside 2 p, by default, where all background rows share them
 _OWN = 8  # times p coalitions for each background row, by default, where each has its own
@@ -72,7 +73,8 @@ def kernel(
         max_evaluations: most model rows for each explicand; instead of n_coalitions.
         target_error: stop a row when the RMS standard error over players falls below this fraction
             of the RMS value, n_coalitions or max_evaluations permitting.
-        seconds: stop all when so much time has passed; the result then depends on the machine.
+        seconds: stop all when so much time has passed, but not before every row has a first fit;
+            the result then depends on the machine.
         seed: of the coalitions. The same seed gives the same bits for any `memory` and number of
             threads, and a row's values do not depend on which other rows are explained with it.
         link: "identity", "logit", or a function: explains link(mean over background of f); other
@@ -91,7 +93,8 @@ def kernel(
         ArgumentError: too small a budget, an unknown option, a function that is not deterministic.
         ShapeError, NonFiniteError: f returns something else than numbers for each row.
 
-    Ctrl-C ends the sampling and returns what is there, with its errors (`interrupted`).
+    Ctrl-C ends the sampling and returns what is there, with its errors (`interrupted`); rows that
+    were not begun are NaN, and before a first fit there is nothing to return.
     Source: Lundberg and Lee 2017 (arXiv:1705.07874); Covert and Lee 2021 (arXiv:2012.01536); Musco
     and Witter 2025 (arXiv:2410.01917).
 
@@ -167,19 +170,12 @@ def _schedule(
     It depends on the game's size and the budget alone, so that memory and threads change no draw.
     """
     p, each = len(game.players), game.backgrounds * (2 if paired else 1)
-    factor = _GROWTH if stop.target_error is not None else 2
-    # Without a target, many evaluations between looks: only Ctrl-C and the clock ask for them.
-    rows = game.rows_per_round * (1 if stop.asked else 4)
+    factor = _GROWTH if stop.asked else 2
+    # Without a target, many evaluations between looks: only Ctrl-C asks for them. The clock asks
+    # for a first fit with as little as that takes.
+    rows = 0 if stop.seconds is not None else game.rows_per_round * (1 if stop.asked else 4)
     now = max(2 * p if paired else 4 * p, rows // each)
-    found = []
-    while now < units / factor:
-        found.append(now)
-        now = math.ceil(now * factor)
-    plans = [plan_of(p, paired, sampling, units)]
-    for u in reversed(found):  # rounding must not take from a size what a smaller plan gave it
-        counts = zip(plan_of(p, paired, sampling, u).counts, plans[0].counts, strict=True)
-        plans.insert(0, Plan(p, paired, tuple(map(min, counts))))
-    return plans
+    return growing(plan_of(p, paired, sampling, units), now, factor, sampling)
 
 
 class _Rows:
@@ -189,6 +185,7 @@ class _Rows:
         self.background = background  # [C]
         self.drawn = Drawn(first, len(background), largest, seed)
         self.targets: Tensor | None = None  # [C, U, e', o]
+        self.kept = 0  # explicands with all of their targets, where the user came between
 
     def grow(self, fit: _Fit, plan: Plan, who: Tensor, empty: Tensor, apart: Tensor) -> None:
         """Evaluate what `plan` has beyond what is there.
@@ -212,16 +209,27 @@ class _Rows:
         else:
             lo, hi = torch.zeros_like(size), size
         table = spans(self.background.reshape(C, 1, 1), order, lo, hi)
-        v = fit.game.values(ranks.reshape(C * new, p), table, who)
-        if fit.link is not None:
-            v = fit.link(v)
-        v = v.reshape(len(who), C, new, lo.shape[1], -1)
         share = (sizes.double() / p)[:, None]
-        if plan.paired:
-            targets = (v[:, :, :, 0] - v[:, :, :, 1]) / 2 + apart[:, :, None] * (0.5 - share)
-        else:
-            targets = v[:, :, :, 0] - empty[:, :, None] - apart[:, :, None] * share
-        targets = targets.permute(1, 2, 0, 3)
+        found: list[Tensor] = []
+        some = max(1, running.KEPT // 4 // (len(table) * (fit.game.backgrounds if C == 1 else 1)))
+        try:
+            for rows in torch.arange(len(who)).split(some):
+                v = fit.game.values(ranks.reshape(C * new, p), table, who[rows])
+                if fit.link is not None:
+                    v = fit.link(v)
+                v = v.reshape(len(rows), C, new, lo.shape[1], -1)
+                d = apart[rows][:, :, None]
+                if plan.paired:
+                    found.append((v[:, :, :, 0] - v[:, :, :, 1]) / 2 + d * (0.5 - share))
+                else:
+                    nobody = (empty if len(empty) == 1 else empty[rows])[:, :, None]
+                    found.append(v[:, :, :, 0] - nobody - d * share)
+        except KeyboardInterrupt:
+            self.kept = sum(map(len, found))
+            if self.targets is None and found:
+                self.targets = torch.cat(found).permute(1, 2, 0, 3)
+            raise
+        targets = (torch.cat(found) if len(found) > 1 else found[0]).permute(1, 2, 0, 3)
         self.targets = targets if self.targets is None else torch.cat([self.targets, targets], 1)
 
 
@@ -241,11 +249,12 @@ class _Fit:
         self.empty = empty if link is None else link(empty)  # [1 or e, S, o]
         self.full = full if link is None else link(full)  # [e, o]
 
-    def run(self, who: Tensor, values: Tensor, stderr: Tensor, until: float) -> str:
+    def run(self, who: Tensor, values: Tensor, stderr: Tensor, until: float) -> tuple[str, int]:
         """Fill in the rows `who` of values and stderr.
 
         Returns:
-            "done", "late" if the time `until` came first, "interrupted" if the user did.
+            "done", "late" if the time `until` came first, "interrupted" if the user did; and how
+            many of the rows were begun.
 
         Raises:
             KeyboardInterrupt: before there is anything to keep.
@@ -258,8 +267,10 @@ class _Fit:
         ]
         empty = self.empty if len(self.empty) == 1 else self.empty[who]
         apart = self.full[who][:, None] - empty  # [e', S, o]
+        all_of_them = len(who)
         for turn, plan in enumerate(self.plans):
             last = plan is self.plans[-1]
+            began = time.monotonic()
             try:
                 at = 0
                 for part in parts:
@@ -267,15 +278,22 @@ class _Fit:
                     part.grow(self, plan, who, empty[:, rows], apart[:, rows])
                     at = rows.stop
             except KeyboardInterrupt:
-                if turn == 0:
+                if turn > 0:
+                    self._write(self.plans[turn - 1], parts, who, apart, values, stderr)
+                    return "interrupted", all_of_them
+                kept = parts[0].kept if len(parts) == 1 else 0
+                if kept == 0:
                     raise
-                self._write(self.plans[turn - 1], parts, who, apart, values, stderr)
-                return "interrupted"
-            late = self.stop.late(until) and not last
+                self._write(plan, parts, who[:kept], apart[:kept], values, stderr)
+                return "interrupted", kept
+            late = not last and self.stop.ends_late(
+                began, plan.units - (self.plans[turn - 1].units if turn else 0),
+                self.plans[turn + 1].units - plan.units, until,
+            )  # fmt: skip
             if last or late or self.stop.target_error is not None:
                 self._write(plan, parts, who, apart, values, stderr)
             if late:
-                return "late"
+                return "late", all_of_them
             if last:
                 break
             keep = ~self.stop.reached(values[who], stderr[who])
@@ -286,7 +304,7 @@ class _Fit:
                 empty = empty if len(empty) == 1 else empty[keep]
                 for part in parts:
                     part.targets = part.targets[:, :, keep]
-        return "done"
+        return "done", all_of_them
 
     def _write(
         self, plan: Plan, parts: list[_Rows], who: Tensor, apart: Tensor, values: Tensor,
@@ -324,14 +342,14 @@ def _sample(op: str, fit: _Fit, sampling: str, memory: int, progress: bool) -> S
         for at in range(0, e, block):
             who = torch.arange(at, min(at + block, e))
             try:
-                ended = fit.run(who, values, stderr, fit.stop.share(len(who) / (e - at)))
+                ended, begun = fit.run(who, values, stderr, fit.stop.share(len(who) / (e - at)))
             except KeyboardInterrupt:
                 if done == 0:
                     raise
                 interrupted = True
                 break
-            done = at + len(who)
-            bar.update(len(who))
+            done = at + begun
+            bar.update(begun)
             interrupted |= ended != "done"
             if ended == "interrupted":
                 break

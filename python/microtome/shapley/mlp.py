@@ -30,9 +30,11 @@ def layers_of(f: Any) -> tuple[list[nn.Linear], list[int]] | str:
         return "f is no nn.Sequential of Linear layers and pointwise activations"
     if type(f).forward is not nn.Sequential.forward or "forward" in vars(f):
         return "f computes its forward in its own way"
+    if torch.is_autocast_enabled(next((a.device.type for a in f.parameters()), "cpu")):
+        return "autocast is on, and the kernel computes in float32"
     linear: list[nn.Linear] = []
     codes: list[int] = []
-    for module in _flat(f):
+    for module in flat(f):
         if type(module) is nn.Linear:
             linear.append(module)
             codes.append(ops.IDENTITY)
@@ -49,18 +51,27 @@ def layers_of(f: Any) -> tuple[list[nn.Linear], list[int]] | str:
         codes[-1] = code
     if not linear:
         return "f has no Linear layer"
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in f.modules())
-    if hooked:
-        return "f carries hooks, which the kernel would pass over"
+    if changed(f):
+        return "f carries hooks or layers with forwards of their own, which the kernel passes over"
     if any(layer.weight.dtype != torch.float32 for layer in linear):
         return "the weights are not float32"
     return linear, codes
 
 
-def _flat(f: nn.Sequential) -> list[nn.Module]:
+def changed(f: nn.Module) -> bool:
+    """Whether a module does something else than its type and its parameters say."""
+    hooks = torch.nn.modules.module
+    anywhere = bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    return anywhere or any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in f.modules()
+    )
+
+
+def flat(f: nn.Sequential) -> list[nn.Module]:
+    """The modules of a Sequential and of those in it, in order; one that is there twice, twice."""
     out: list[nn.Module] = []
     for module in f:
-        out += _flat(module) if type(module) is nn.Sequential else [module]
+        out += flat(module) if type(module) is nn.Sequential else [module]
     return out
 
 

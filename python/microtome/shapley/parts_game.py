@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.errors import NonFiniteError
+from microtome.errors import ArgumentError, NonFiniteError
 from microtome.models.native.tree import Place, tree
 from microtome.patching.execute import Engine, predictions, traced
 from microtome.patching.hooked import HookEngine
@@ -64,7 +64,17 @@ class PartsGame:
         self._start = start
         self._metric = as_metric(op, metric)
         self._ready(traced(engine, self._metric) if self._metric.whole else self._metric)
-        self.unpatched = self._measure(self._own[None].clone(), lambda _: "of the clean run")[0]
+        self.unpatched, again = (
+            self._measure(self._own[None].clone(), lambda _: "of the clean run")[0]
+            for _ in range(2)
+        )
+        if not bool((self.unpatched - again).abs().max() <= 1e-4 * again.abs().max()):
+            msg = (
+                f"{op}: the metric gives different answers to the same logits, "
+                f"{self.unpatched.tolist()[:3]} and {again.tolist()[:3]}. Take one that draws "
+                "nothing at random."
+            )
+            raise ArgumentError(msg)
         self._ends: tuple[Tensor, Tensor] | None = None
 
     def _ready(self, metric: Metric) -> None:
@@ -116,7 +126,7 @@ class PartsGame:
     def _value(self, present: Tensor, who: Tensor) -> Tensor:
         some, which = tree(present, self.places)
         b, found = self.explicands, []
-        a_run = 2 * self._own.numel() * self._own.element_size()
+        a_run = max(1, 2 * self._own.numel() * self._own.element_size())  # 0: it reads no logit
         size = max(1, min(self._runs.at_once, self.memory // a_run))
         for low in range(0, len(some.present), size):
             high = min(low + size, len(some.present))

@@ -23,6 +23,8 @@ from microtome.shapley.walks import GameWalker, Walker
 
 _WALKS = 64  # permutations in all, unless the user says otherwise, but
 _LEAST = 4  # at least so many for each background row: two units, which make a standard error
+_RANKS = 1 << 20  # numbers drawn for a round of the white box, which looks at no single call
+_WALKED = 1 << 24  # model rows of such a round: about two seconds of a network 30-128-128-1
 
 
 def permutation(
@@ -67,7 +69,8 @@ def permutation(
         target_error: stop a row when the RMS standard error over players falls below this fraction
             of the RMS value, n_permutations or max_evaluations permitting (without either: when it
             does).
-        seconds: stop all when so much time has passed; the result then depends on the machine.
+        seconds: stop all when so much time has passed, but not before every row has its first
+            walks; the result then depends on the machine.
         seed: of the permutations. The same seed gives the same bits for any `memory` and number of
             threads, and a row's values do not depend on which other rows are explained with it.
         link: "identity", "logit", or a function: explains link(mean over background of f); other
@@ -86,7 +89,8 @@ def permutation(
         ArgumentError: too small a budget, an unknown option, a function that is not deterministic.
         ShapeError, NonFiniteError: f returns something else than numbers for each row.
 
-    Ctrl-C ends the sampling and returns what is there, with its errors (`interrupted`).
+    Ctrl-C ends the sampling and returns what is there, with its errors (`interrupted`); rows that
+    were not begun are NaN, and before a first round of walks is over there is nothing to return.
     Source: Castro et al. 2009; Mitchell et al. 2022 (JMLR 23:43).
 
     Example:
@@ -172,13 +176,20 @@ def sample(
     """Walk what `draw` gives until the plan or a stop ends it."""
     e, p = game.explicands, plan.p
     o = game.ends()[1].shape[1]
-    each = max(1, game.rows_per_round // max(1, plan.steps * game.backgrounds))  # units a round
-    if not stop.asked and walker.engine == "mlp":
-        each = plan.U
+    rows = max(1, plan.steps * game.backgrounds)  # of a unit
+    each = max(1, game.rows_per_round // rows)  # units a round, at most
+    least, kept = max(1, each // 4), running.KEPT // 2
+    if walker.engine == "mlp":
+        kept = _WALKED
+        if not stop.asked:
+            least = each = max(1, min(plan.U, _RANKS // (S * plan.A * p)))
+    if stop.seconds is not None:
+        least = 1 if S > 1 else 2  # as few as make a standard error
     values = torch.full((e, p, o), math.nan, dtype=torch.float64)
     stderr = torch.full_like(values, math.nan)
-    block = max(1, memory // max(1, 8 * o * S * max(3 * p, each * plan.A * (2 * p + 1))))
-    quick = e * plan.U <= each  # one round: no bar, which would cost a part of it
+    block = memory // max(1, 8 * o * S * max(3 * p, each * plan.A * (2 * p + 1)))
+    block = max(1, min(block, kept // (min(each, plan.U) * rows)))
+    quick = e * plan.U <= least  # one round: no bar, which would cost a part of it
     bar = running.bar(e * plan.U, method, "unit", progress and not quick)
     interrupted, done = False, 0
     with bar:
@@ -187,8 +198,7 @@ def sample(
             moments = _Rows(who, values, stderr, stop)
             until, stopped = stop.share(len(who) / (e - at)), False
             try:
-                for first in range(0, plan.U, each):
-                    units = min(each, plan.U - first)
+                for first, units in running.rounds(plan.U, least, each, stop, until):
                     part = draw(plan, S, first, units, seed)
                     moments.add(*walker(part, plan.paired, moments.who), units)
                     bar.update(units * len(who))

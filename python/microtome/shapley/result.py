@@ -62,20 +62,7 @@ class ShapleyValues:
         Raises:
             ArgumentError: it is larger; the message names the row.
         """
-        apart = self.values.sum(1) - (self.full_values - self.base_values)
-        if apart.numel() == 0:
-            return apart
-        seen = (self.full_values, self.base_values, self.values)
-        scale = torch.stack([a.abs().nan_to_num(0.0).max() for a in seen]).max()
-        worst = apart.abs().nan_to_num(0.0).reshape(len(apart), -1).amax(1)  # NaN: not begun
-        if bool((worst > tolerance * scale).any()):
-            row = int(worst.argmax())
-            msg = (
-                f"check_additivity: the values of row {row} miss full - base by "
-                f"{float(worst[row]):.3g}, more than {tolerance:g} of {float(scale):.3g}."
-            )
-            raise ArgumentError(msg)
-        return apart
+        return additivity(self.values, self.base_values, self.full_values, tolerance)
 
     def top(self, k: int = 10, row: int = 0, output: int = 0) -> list[dict[str, Any]]:
         """The k players of a row with the largest values, largest first."""
@@ -114,6 +101,23 @@ class ShapleyValues:
         error = "exact" if self.exact else f"RMS stderr {_rms(self.stderr):.3g}"
         shape = f"{self.values.shape[0]} rows x {self.values.shape[1]} players"
         return f"ShapleyValues({shape}, {self.method}, {error}, {self.evaluations} evaluations)"
+
+
+def additivity(values: Tensor, base: Tensor, full: Tensor, tolerance: float) -> Tensor:
+    """What values [e, p, ...] miss of full - base; see ShapleyValues.check_additivity."""
+    apart = values.sum(1) - (full - base)
+    if apart.numel() == 0:
+        return apart
+    scale = torch.stack([a.abs().nan_to_num(0.0).max() for a in (full, base, values)]).max()
+    worst = apart.abs().nan_to_num(0.0).reshape(len(apart), -1).amax(1)  # NaN: not begun
+    if bool((worst > tolerance * scale).any()):
+        row = int(worst.argmax())
+        msg = (
+            f"check_additivity: the values of row {row} miss full - base by "
+            f"{float(worst[row]):.3g}, more than {tolerance:g} of {float(scale):.3g}."
+        )
+        raise ArgumentError(msg)
+    return apart
 
 
 def _rms(a: Tensor) -> float:

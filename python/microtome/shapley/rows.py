@@ -11,12 +11,17 @@ from torch import Tensor
 
 from microtome.errors import ArgumentError, ShapeError
 
+_MOVED = tuple(  # what coalition_inputs takes of what torch takes
+    map(np.dtype, ("float64", "float32", "float16", "int64", "int32", "uint8", "bool"))
+)
+
 
 class Rows:
     """Rows to explain and background rows as two matrices of one dtype, and the way back.
 
     Numbers keep their dtype. Columns of mixed or other types (a DataFrame with categories, an
-    array of objects) are held as numbers into a pool of the values that occur.
+    array of objects, texts, dates or 16-bit numbers) are held as numbers into a pool of the values
+    that occur.
 
     Args:
         op: name for messages.
@@ -41,6 +46,13 @@ class Rows:
         *,
         real: bool = False,
     ) -> None:
+        for name, given in (("x", x), ("background", background)):
+            if hasattr(given, "toarray") and hasattr(given, "tocsr"):
+                msg = (
+                    f"{op}: {name} must be a tensor, an array, a DataFrame or a list, got a sparse "
+                    f"matrix. Pass {name}.toarray()."
+                )
+                raise ArgumentError(msg)
         if hasattr(x, "to_frame") and _is_frame(background):  # a row of a DataFrame is a Series
             x = x.to_frame().T.infer_objects()
         self.frame = _is_frame(x)
@@ -53,6 +65,9 @@ class Rows:
             x, background = self._of_frame(op, x, background, wants)
         self.torch = isinstance(x, Tensor) if wants == "same" else wants == "torch"
         x, background = _no_rounding(_one_row(x), _one_row(background))
+        if x.ndim == 0:
+            msg = f"{op}: x must be [e, m], or [m] for one row, got a single number."
+            raise ShapeError(msg)
         if x.shape[1:] != background.shape[1:]:
             msg = (
                 f"{op}: background must be [n, {', '.join(map(str, x.shape[1:]))}] like x, got "
@@ -63,7 +78,9 @@ class Rows:
             msg = f"{op}: background has no rows. Pass at least one to draw absent players from."
             raise ArgumentError(msg)
         self.shape = tuple(x.shape[1:])
-        if isinstance(x, np.ndarray) and x.dtype == object:
+        if isinstance(x, np.ndarray) and (
+            x.dtype.kind not in "fiub" or (x.dtype not in _MOVED and not self.torch)
+        ):
             x, background = self._pool(x, background)
         x, background = torch.as_tensor(x), torch.as_tensor(background)
         if like is not None and self._pools is None:
@@ -200,7 +217,10 @@ def _one_row(a: Any) -> Any:
     """With a row dimension; lists become arrays, arrays of Python numbers float64."""
     if not isinstance(a, Tensor):
         a = np.asarray(a)
-        a = a if a.flags.writeable else a.copy()  # torch warns of a read-only array
+        # torch warns of a read-only array, and takes none that runs backwards or in foreign bytes.
+        if not a.flags.writeable or min(a.strides, default=0) < 0:
+            a = a.copy()
+        a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
     return a[None] if a.ndim == 1 else a
 
 

@@ -99,6 +99,22 @@ def plan_of(p: int, paired: bool, sampling: str, units: int, whole_to: int = 0) 
     return Plan(p, paired, tuple(counts[s] for s in sizes))
 
 
+def growing(
+    largest: Plan, first: int, factor: float, sampling: str, whole_to: int = 0
+) -> list[Plan]:
+    """Plans from about `first` units to the largest, each `factor` times the one before."""
+    found = []
+    while first < largest.units / factor:
+        found.append(first)
+        first = math.ceil(first * factor)
+    plans = [largest]
+    for units in reversed(found):  # rounding must not take from a size what a smaller plan gave it
+        smaller = plan_of(largest.p, largest.paired, sampling, units, whole_to)
+        counts = tuple(map(min, smaller.counts, plans[0].counts))
+        plans.insert(0, Plan(largest.p, largest.paired, counts))
+    return plans
+
+
 class Drawn:
     """The units of some rows, each row with its own; grows from plan to larger plan.
 

@@ -48,6 +48,7 @@ def selected(op: str, out: Tensor, target: Any, who: Tensor, rows: int) -> Tenso
     if isinstance(target, tuple):
         if len(target) > out.dim() - 1:
             raise ShapeError(_too_deep(op, target, out))
+        _within(op, [target], out)
         return out[(slice(None), *target)]
     if isinstance(target, Tensor):
         target = target.tolist()
@@ -61,8 +62,20 @@ def selected(op: str, out: Tensor, target: Any, who: Tensor, rows: int) -> Tenso
     each = [t if isinstance(t, tuple) else (t,) for t in target]
     if len({len(t) for t in each}) != 1 or len(each[0]) > out.dim() - 1:
         raise ShapeError(_too_deep(op, target, out))
+    _within(op, each, out)
     columns = torch.tensor(each, device=out.device)[who.to(out.device)]  # [R, depth]
     return out[(torch.arange(len(out), device=out.device), *columns.unbind(1))]
+
+
+def _within(op: str, each: list[tuple[Any, ...]], out: Tensor) -> None:
+    for one in each:
+        for at, size in zip(one, out.shape[1:], strict=False):
+            if isinstance(at, int) and not -size <= at < size:
+                msg = (
+                    f"{op}: target={one if len(one) > 1 else at} names an entry that is not there: "
+                    f"forward_func returned shape {list(out.shape)} for {out.shape[0]} rows."
+                )
+                raise ShapeError(msg)
 
 
 def _too_deep(op: str, target: Any, out: Tensor) -> str:

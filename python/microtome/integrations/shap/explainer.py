@@ -147,8 +147,13 @@ class Explainer:
         if self._background is not None and len(args) == 1:
             parts, layout = self._tabular(args[0], asked)
         else:
+            names = self.feature_names
+            for frame in (a for a in args if names is None and hasattr(a, "iloc") and a.ndim == 2):
+                names = list(map(str, frame.columns))
+            # Going through a DataFrame gives its columns' names; shap too hands maskers arrays.
+            args = tuple(a.to_numpy() if hasattr(a, "iloc") else a for a in args)
             parts = [self._masked(row, asked) for row in zip(*args, strict=True)]
-            layout = masker_layout(self.masker, args, self.feature_names)
+            layout = masker_layout(self.masker, args, names)
         return assemble(parts, layout, asked, labels, start, self.keeps_axis)
 
     def _game(self, game: Game) -> tuple[Game, Link | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from microtome import _check
-from microtome.errors import ShapeError
+from microtome.errors import ArgumentError, ShapeError
 from microtome.shapley.plots.canvas import (
     INK,
     SOFT,
@@ -43,10 +43,20 @@ def heat(
         limit: players drawn, those with the largest sums of |interaction|; others are left out.
         title: words above.
 
+    Raises:
+        ArgumentError: there is no matrix of interactions, or no such row or output.
+        PackageError: matplotlib is not installed.
+
     The colours are scaled to the largest interaction of two players; a single player beyond that
     has the end's colour.
     """
     op = "plot: heat"
+    if not hasattr(interactions, "matrix"):
+        msg = (
+            f"{op}: these are values of single players, not interactions. Use kind='bar', or plot "
+            "what shapley.interactions() returns."
+        )
+        raise ArgumentError(msg)
     matrix, names = interactions.matrix, tuple(map(str, interactions.names))
     matrix = array(matrix() if callable(matrix) else matrix)
     if matrix.ndim == 4:
