@@ -94,6 +94,6 @@ def sort_entries(
         _entries_kernel[(triton.cdiv(m, BE),)](
             segments.order, values, grad_values, aux_value, aux_grad, weight, grad_weight, source,
             flags, n, max(k, 1), max(a, 1), main, m, scale, aux_scale,
-            AUX=aux_indices is not None, BE=BE,
+            AUX=aux_indices is not None, BE=BE, enable_fp_fusion=True,
         )  # fmt: skip
     return Entries(segments, weight, grad_weight, source, flags)

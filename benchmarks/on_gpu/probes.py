@@ -127,7 +127,7 @@ def items() -> list[Item]:
             probe.name,
             "",
             functools.partial(run, probe),
-            seconds=20.0,
+            seconds=40.0,  # most of it compiling, for the first time
             gib=2.0,
             alone=False,
             compiles=False,

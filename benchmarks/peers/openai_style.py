@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 STRETCH = 64  # entries of a program
+FUSED = {"enable_fp_fusion": True}  # the default, of which Triton 3.9 warns
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def decode(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     n, k, d = *values.shape, W.shape[1]
     out = torch.empty(n, d, dtype=torch.float32, device=W.device)
     BD = _block(d, 1024)
-    _decode_kernel[(n, triton.cdiv(d, BD))](values, indices, W, out, k, d, BD=BD)
+    _decode_kernel[(n, triton.cdiv(d, BD))](values, indices, W, out, k, d, BD=BD, **FUSED)
     return out
 
 
@@ -86,7 +87,7 @@ def grad_values(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """[n, k] dot products of the gradient's rows with the active decoder rows."""
     n, k, d = *indices.shape, W.shape[1]
     out = torch.empty(n, k, dtype=torch.float32, device=W.device)
-    _grad_values_kernel[(n,)](grad, indices, W, out, k, d, BD=_block(d, 1024))
+    _grad_values_kernel[(n,)](grad, indices, W, out, k, d, BD=_block(d, 1024), **FUSED)
     return out
 
 
@@ -96,7 +97,7 @@ def grad_W(latents: Tensor, rows: Tensor, values: Tensor, dense: Tensor, f: int)
     out = torch.zeros(f, d, dtype=torch.float32, device=dense.device)
     BD = _block(d, 1024)
     grid = (triton.cdiv(m, STRETCH), triton.cdiv(d, BD))
-    _grad_W_kernel[grid](latents, rows, values, dense, out, m, d, STRETCH=STRETCH, BD=BD)
+    _grad_W_kernel[grid](latents, rows, values, dense, out, m, d, STRETCH=STRETCH, BD=BD, **FUSED)
     return out
 
 

@@ -29,7 +29,7 @@ def cases() -> dict[str, Case]:
             {"TABLES": 1, "CHUNK": segments.CHUNK, "BL": 1, "BD": 1024}, {}, FUSED,
         ),
         "sae_update.entries": Case(
-            sae_update_entries._entries_kernel, {"AUX": True, "BE": 1024}, {"flags": "i8"}, {},
+            sae_update_entries._entries_kernel, {"AUX": True, "BE": 1024}, {"flags": "i8"}, FUSED,
             SCALARS,
         ),
         "sae_update.bias": Case(

@@ -102,7 +102,7 @@ def test_numbers_beyond_two_to_the_31_have_places_of_their_own() -> None:
 
     m, BR, BC = 700, 4, 512
     out = torch.empty(2, BR, BC, dtype=torch.int64, device=DEVICE)
-    _place_kernel[(2,)](out, m, BR=BR, BC=BC)
+    _place_kernel[(2,)](out, m, BR=BR, BC=BC, enable_fp_fusion=True)
     for program in range(2):
         tile = 100_000_000 + program
         row, column = tile // 2 * BR, tile % 2 * BC  # two tiles a row

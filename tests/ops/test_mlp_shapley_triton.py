@@ -182,7 +182,7 @@ def test_every_activation_keeps_its_digits(code: int) -> None:
     special = torch.tensor([0.0, 0.29999, 0.3, 0.30001, 20.0, 88.0, 200.0, torch.inf])
     h = torch.cat([sizes, -sizes, special, -special]).to(DEVICE)  # [256]
     out = torch.empty_like(h)
-    _activate_kernel[(1,)](h, out, CODE=code, B=256)
+    _activate_kernel[(1,)](h, out, CODE=code, B=256, enable_fp_fusion=True)
     exact = ACTIVATIONS[code](h.double())
     plain = ACTIVATIONS[code](h)
     known = exact.isfinite()
@@ -192,7 +192,7 @@ def test_every_activation_keeps_its_digits(code: int) -> None:
         slack = slack + 2e-7 * h.abs()
     assert bool(((out - exact).abs() <= slack)[known].all())
     h.fill_(torch.nan)
-    _activate_kernel[(1,)](h, out, CODE=code, B=256)
+    _activate_kernel[(1,)](h, out, CODE=code, B=256, enable_fp_fusion=True)
     assert out.isnan().all()
 
 

@@ -60,7 +60,7 @@ def test_moments_are_stored_and_read_to_the_bit_as_the_reference_does(
             on = [t.to(where.DEVICE) for t in (values, raw, back)]
             _through_kernel[(1,)](
                 *on, 6, d, wanted.shape[1], kernels._signed(key), SECOND=second, STATE=state,
-                START=start, BL=8, BD=BD,
+                START=start, BL=8, BD=BD, enable_fp_fusion=True,
             )  # fmt: skip
             raw.copy_(on[1])
             back.copy_(on[2])

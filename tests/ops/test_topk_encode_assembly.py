@@ -148,8 +148,9 @@ def test_the_assembly_keeps_what_the_portable_form_keeps(
         index = torch.full((BM, capacity), -1, dtype=torch.int32)
         value = torch.full((BM, capacity), -1.0)
         _append_kernel[(1,)](
-            score, lowest, count, index, value, first, f, capacity, BM=BM, BN=BN, LEAF=leaf
-        )
+            score, lowest, count, index, value, first, f, capacity, BM=BM, BN=BN, LEAF=leaf,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         assert (index[:, :2] == -1).all()  # what others have reserved
         kept.append((count, index, value))
     (count, index, value), (count_too, index_too, value_too) = kept

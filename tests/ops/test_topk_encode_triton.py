@@ -125,7 +125,9 @@ def test_a_filter_keeps_equal_scores_and_counts_what_does_not_fit() -> None:
     score, lowest, count, index, value = (
         t.to(DEVICE) for t in (score, lowest, count, index, value)
     )
-    _append_kernel[(1,)](score, lowest, count, index, value, 31, 6, BM=4, BN=32)
+    _append_kernel[(1,)](
+        score, lowest, count, index, value, 31, 6, BM=4, BN=32, enable_fp_fusion=True
+    )
     assert count.tolist() == [2, 31, 0, 0]
     assert sorted(index[0].tolist()) == [-1] * 4 + [3, 17]
     assert len({*index[1].tolist()} - {-1}) == 6
