@@ -100,15 +100,16 @@ def check_batch(b: Batch, run: Run) -> dict[str, Any]:
     return check_rows(b, rows, *csr_rows(b, values, indices, offsets, rows), least)
 
 
-def threshold(context: Context, name: str) -> list[Row]:
-    """threshold_encode: a JumpReLU whose thresholds leave about k features a row."""
+def threshold(context: Context, name: str, *, start: bool = False) -> list[Row]:
+    """threshold_encode: a JumpReLU whose thresholds leave about k features a row; or, at the start
+    of training, a ReLU that leaves half of all, so that every list overflows."""
     call, shape, out = public("threshold_encode"), inputs.sized(context, name), []
     for backend in backends_here("threshold_encode"):
         b = inputs.batch(context.device, shape)
         rows = inputs.sample(b.x.shape[0], 64).to(b.x.device)
         border = linear(b.x[rows] - b.b_dec, b.W_enc, b.b_enc).topk(shape.k).values[:, -1].median()
         spread = torch.linspace(0.9, 1.1, shape.f, device=b.x.device)
-        theta = (border * spread).clamp_min(0.0)
+        theta = (border * spread).clamp_min(0.0) * (0.0 if start else 1.0)
         screen = ops.screen_weights(b.W_enc, "bf16")
         run = under(
             backend,
@@ -120,11 +121,12 @@ def threshold(context: Context, name: str) -> list[Row]:
         subject = Subject(
             run,
             functools.partial(check_threshold, b, theta, run),
-            encode_need(shape.n, shape.d, shape.f, shape.k),
+            encode_need(shape.n, shape.d, shape.f, shape.f // 2 if start else shape.k),
             {CUBLAS: functools.partial(bare_product, b), TORCH: lambda b=b, t=theta: jump(b, t)},
             backend=backend,
         )
-        base = {"part": 2, "item": "threshold_encode", "shape": name}
+        item = "threshold_encode at the start" if start else "threshold_encode"
+        base = {"part": 2, "item": item, "shape": name}
         out += measure(context, base, subject, repeats=5)
     return out
 
@@ -224,6 +226,14 @@ def items() -> list[Item]:
     return [
         Item(2, "batch_topk_encode", "M", lambda c: batch_topk(c, "M"), 20, gib=10),
         Item(2, "threshold_encode", "M", lambda c: threshold(c, "M"), 15, gib=8),
+        Item(
+            2,
+            "threshold_encode at the start",
+            "S",
+            lambda c: threshold(c, "S", start=True),
+            15,
+            gib=8,
+        ),
         Item(2, "feature_clamp", "M", lambda c: clamp(c, "M"), 10, gib=8),
         Item(2, "solu", "M", lambda c: solu(c, "M"), 6, gib=3),
     ]

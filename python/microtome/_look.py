@@ -83,9 +83,12 @@ class Look:
                 counted from 0; of several problems the first is told.
         """
         # One kernel for all of them: the masks of a table are many and short.
-        self._health.append(torch.where(torch.cat([bad for bad, _ in problems]), float("inf"), 0.0))
+        bad = torch.cat([mask for mask, _ in problems])
+        if bad.numel() == 0:
+            return
+        self._health.append(torch.where(bad, float("inf"), 0.0))
         self._pieces += [
-            pending.Piece(name, bad.numel(), ArgumentError, what) for bad, what in problems
+            pending.Piece(name, mask.numel(), ArgumentError, what) for mask, what in problems
         ]
 
     def room(self, what: str, offsets: Tensor, room: int) -> None:

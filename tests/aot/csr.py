@@ -22,10 +22,11 @@ from microtome.kernels.dots import _whole_kernel
 
 n, d, f, k = 8192, 768, 24576, 32
 FUSED = {"enable_fp_fusion": True}
-INTEGERS = {
+POINTED = {
     **types("i32", "bad above many close passed kept_index rows_of index near_indices"),
     **types("i32", "counts near_counts"),
     **types("i64", "found rest histogram reached kth taken near_offsets"),
+    "scratch": "fp32",  # of topk_encode it holds ordered integers
 }
 SCALARS = {**types("i32", "shift room near_room wanted chunks"), "half": "fp32", "chunk": "i32/16"}
 BN, BC = csr_rows.LISTED
@@ -51,8 +52,8 @@ NARROW = {
 
 
 def case(kernel: Any, constants: dict[str, Any], **more: Any) -> Case:
-    """A case in which the names above are integers and nothing else is given."""
-    pointers = {**INTEGERS, **more.pop("pointers", {})}
+    """A case in which the names above point at what they do and nothing else is given."""
+    pointers = {**POINTED, **more.pop("pointers", {})}
     options = more.pop("options", FUSED)
     return Case(kernel, constants, pointers, options, SCALARS, **more)
 

@@ -191,6 +191,24 @@ def test_tables_without_rows_raise_at_once_where_the_sizes_say_so(
         within("coalition_inputs", {**given, "x": given["x"][:0]})
 
 
+def test_tables_without_rows_are_sound_where_nothing_is_asked_of_them(
+    gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, empty in [
+        ("patch_rows", {"rows", "table", "factors"}),
+        ("cascade_attention", {"rows", "q", "q_positions"}),
+        ("swap_key_attention", {"rows", "q_new", "k_new", "v_new"}),
+        ("coalition_inputs", {"rows", "x"}),
+    ]:
+        given = arguments(name, monkeypatch)
+        none: dict[str, Any] = {key: given[key][:0] for key in empty}
+        if "total" in given:
+            none["total"] = 0
+        safe = within(name, {**given, **none})
+        assert safe["rows"].shape[0] == 0
+    mt.synchronize()
+
+
 def test_a_captured_call_asks_nothing(gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         given = arguments(name, monkeypatch)
