@@ -172,6 +172,22 @@ def test_rows_of_two_dtypes_and_parameters_in_bfloat16_are_refused() -> None:
             step.take("reference")
 
 
+def test_a_compiled_step_on_bfloat16_rows_has_the_bits_of_an_eager_one() -> None:
+    answers = []
+    for compiled in (False, True):
+        step = Step(6, 20, 9, UpdateRule(lr=0.01))
+        copies = (step.params[0].bfloat16(), step.params[2].bfloat16())
+
+        def take(code: Code, x: Tensor, step: Step = step, copies: object = copies) -> Tensor:
+            return sae_update(  # type: ignore[no-any-return]
+                code, x, step.params, step.moments, step.rule, 4, copies=copies,
+            )  # fmt: skip
+
+        run = torch.compile(take, fullgraph=True, backend="aot_eager") if compiled else take
+        answers.append([run(step.codes[0], step.x), *step.params, *copies])
+    assert all(map(torch.equal, *answers))
+
+
 def test_autocast_widens_rows_and_leaves_the_parameters() -> None:
     wide = Step(6, 20, 9, UpdateRule()).take("reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
