@@ -57,7 +57,7 @@ def test_one_two_and_three_threads_give_the_same_bits(threads: Callable[[int], N
             assert all(map(torch.equal, usual, other[name])), name
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "amx"])
 def test_instruction_sets_agree(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MICROTOME_CPU_ISA", level)
     if _native.isa() != level:

@@ -193,7 +193,7 @@ def test_one_and_two_threads_give_the_same_bits(
 
 @needs_extension
 @both_dtypes
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "amx"])
 def test_instruction_sets_agree(
     level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -345,7 +345,7 @@ def test_one_and_two_threads_give_the_same_bits(case: Case) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_instruction_set_is_accurate(
     level: str, optimizer: str, monkeypatch: pytest.MonkeyPatch

@@ -188,7 +188,7 @@ def test_threads_and_vector_widths_do_not_change_the_codes(
 ) -> None:
     w = torch.randn(300, 77)
     answers = []
-    for level in ("generic", "avx2", "avx512"):
+    for level in ("generic", "avx2", "avx512", "amx"):
         for threads in (1, 2):
             monkeypatch.setenv("MICROTOME_CPU_ISA", level)
             before = torch.get_num_threads()

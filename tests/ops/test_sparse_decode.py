@@ -211,7 +211,7 @@ def test_a_code_long_enough_to_be_sorted_by_several_threads_gives_the_same_bits(
 
 @needs_extension
 @both_dtypes
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "amx"])
 def test_instruction_sets_agree(
     level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
