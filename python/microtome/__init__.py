@@ -21,6 +21,7 @@ _PUBLIC = {
     "sites": "microtome.models",
     "ActivationStore": "microtome.models",
     "check_now": "microtome.ops",
+    "explain": "microtome.ops",
     "info": "microtome.ops",
     "synchronize": "microtome.ops",
     "use_backend": "microtome.ops",

@@ -205,3 +205,21 @@ def test_an_instruction_set_that_is_none_is_named(monkeypatch: pytest.MonkeyPatc
     message = "MICROTOME_CPU_ISA: no level 'avx-512'; choose one of generic, avx2, avx512"
     with pytest.raises(errors.ArgumentError, match=message):
         _native.forced_isa()
+
+
+def test_every_op_explains_a_call_without_computing_it() -> None:
+    x, W = torch.full((2, 3), torch.nan, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    said = mt.ops.topk_encode.explain(x, W, k=1).splitlines()  # a NaN that nobody looks at
+    assert said[:3] == ["topk_encode", "  x: [2, 3] float64 cpu", "  W_enc: [4, 3] float64 cpu"]
+    assert said[-1] == "  reference: can run it"
+    assert mt.explain(mt.ops.topk_encode, x, W, k=1).splitlines() == said
+    sae = mt.SAE(8, 32, mt.TopK(4))
+    assert mt.explain(sae, torch.randn(2, 8)).startswith("screen_weights\n  W_enc: [32, 8]")
+    assert sae(torch.randn(2, 8)).shape == (2, 8)  # nothing is left of the question
+    with pytest.raises(errors.ArgumentError, match="explain: relu called no op"):
+        mt.explain(torch.relu, x)
+    with pytest.raises(errors.ArgumentError, match="k must be between 1 and f=4, got k=9"):
+        mt.ops.topk_encode.explain(x, W, k=9)
+    public = [name for name in mt.ops.__all__ if name in _registry.OPS]
+    assert len(public) > 15
+    assert all(hasattr(getattr(mt.ops, name), "explain") for name in public)

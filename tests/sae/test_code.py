@@ -128,3 +128,23 @@ def test_a_code_that_does_not_fit_says_how():
     with pytest.raises(ArgumentError, match="takes a device"):
         uniform().to(torch.float64)
     assert torch.equal(uniform().to("cpu").to_dense(), DENSE)
+
+
+def test_an_index_outside_the_features_is_named_and_never_wraps():
+    for bad in (2**33, -1, 4):
+        with pytest.raises(ArgumentError, match=rf"lie in \[0, n_features=4\), got {bad}"):
+            SparseCode(VALUES, INDICES.masked_fill(INDICES == 3, bad), 4)
+    late = SparseCode(VALUES, INDICES.int().masked_fill(INDICES == 3, -1), 4)
+    for convert in (late.to_dense, late.to_torch_csr):
+        with pytest.raises(ArgumentError, match=r"n_features=4\), got -1"):
+            convert()
+    with pytest.raises(ArgumentError, match="n_features must be between 1 and"):
+        SparseCode(VALUES, INDICES, 0)
+
+
+@pytest.mark.parametrize("offsets", [[], [1, 5], [0, 3, 2, 5], [0, 6]])
+def test_offsets_that_are_no_row_starts_are_refused(offsets):
+    code = ragged()
+    starts = torch.tensor(offsets, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match=r"offsets must be \[n \+ 1\] row starts"):
+        SparseCode(code.values, code.indices, 4, starts)

@@ -2,6 +2,7 @@
 
 from microtome._csr import Entries
 from microtome._pending import check_now, synchronize
+from microtome.ops._explain import attach, explain
 from microtome.ops._registry import info, use_backend
 from microtome.ops.attribution_scores import attribution_scores
 from microtome.ops.batch_topk_encode import batch_topk_encode
@@ -64,6 +65,7 @@ __all__ = [
     "coalition_gram",
     "coalition_inputs",
     "delta_linear",
+    "explain",
     "feature_clamp",
     "info",
     "jump_relu",
@@ -86,3 +88,6 @@ __all__ = [
     "topk_encode_fp8",
     "use_backend",
 ]
+
+attach(globals())
+del attach

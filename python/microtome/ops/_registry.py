@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,13 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 _demanded: list[
     str
 ] = []  # process-wide, like torch.set_num_threads: backward may run on another thread
+
+
+asking: ContextVar[bool] = ContextVar("asking", default=False)  # `explain` is, in this thread
+
+
+class Asked(BaseException):
+    """The answer to `explain`: it ends the call, and no `except Exception` keeps it."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        if asking.get():
+            answer = f"{self.name}\n{self.explain(*args)}"
+            raise Asked(answer)
         _pending.raise_finished(device)
         backend = self.choose(*args)
         # Inside the body autocast would turn a reference's products into bf16 unasked.

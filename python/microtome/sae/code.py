@@ -28,6 +28,12 @@ class SparseCode:
             was given a capacity, are unused and 0.
         leading: shape of the rows, such as (batch, position); their product is n. Default (n,).
 
+    Raises:
+        ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree, or leading
+            does not hold n rows.
+        ArgumentError: on a CPU, offsets that are no row starts, or an int64 index outside
+            [0, n_features). `to_dense` and `to_torch_csr` look at int32 ones.
+
     A value of zero is a feature that was selected and then cut by the ReLU; it counts as inactive.
     Indexing goes over the leading shape as for a tensor: `code[3]`, `code[2:5]`, `code[mask]`,
     `code[0, 7]`.
@@ -50,7 +56,12 @@ class SparseCode:
         op, dims = "SparseCode", 2 if self.offsets is None else 1
         letters = "n k" if dims == 2 else "entries"
         _check.shapes(op, values=(self.values, letters), indices=(self.indices, letters))
-        _check.dtype(op, _check.INDICES, indices=self.indices)
+        _check.dtype(op, _check.INDICES, indices=self.indices, offsets=self.offsets)
+        _check.device(op, values=self.values, indices=self.indices, offsets=self.offsets)
+        _check.between(op, "n_features", self.n_features, 1, 2**31 - 1)
+        if self.indices.dtype == torch.int64 and _check.readable(self.indices):
+            _check.index_range(op, self.indices, self.n_features, "n_features")
+        self._check_offsets()
         object.__setattr__(self, "indices", self.indices.int())
         n = self.values.shape[0] if self.offsets is None else len(self.offsets) - 1
         if self.leading is None:
@@ -59,6 +70,20 @@ class SparseCode:
             msg = f"SparseCode: leading shape {self.leading} must hold n={n} rows, holds "
             msg += f"{math.prod(self.leading)}."
             raise ShapeError(msg)
+
+    def _check_offsets(self) -> None:
+        offsets, entries = self.offsets, len(self.values)
+        if offsets is None:
+            return
+        _check.shapes("SparseCode", offsets=(offsets, "rows+1"))
+        wrong = len(offsets) == 0
+        if not wrong and _check.readable(offsets):
+            falls = bool((offsets.diff() < 0).any())
+            wrong = falls or int(offsets[0]) != 0 or int(offsets[-1]) > entries
+        if wrong:
+            msg = "SparseCode: offsets must be [n + 1] row starts that begin with 0, do not fall "
+            msg += f"and end at {entries} entries or before, got {offsets.tolist()!s:.60}."
+            raise ArgumentError(msg)
 
     @property
     def n_rows(self) -> int:
@@ -83,6 +108,8 @@ class SparseCode:
 
     def __getitem__(self, item: Any) -> SparseCode:
         numbers = torch.arange(self.n_rows, device=self.values.device).reshape(self.leading)
+        if isinstance(item, list):
+            item = torch.as_tensor(item, device=numbers.device)
         picked = numbers[item]
         rows = picked.flatten()
         leading = tuple(picked.shape)
@@ -98,6 +125,8 @@ class SparseCode:
 
     def _rows(self) -> Tensor:
         """The row of every entry, [entries]; of unused ones the last, which a 0 does not change."""
+        if _check.readable(self.indices):
+            _check.index_range("SparseCode", self.indices, self.n_features, "n_features")
         device = self.values.device
         if self.offsets is None:
             return torch.arange(self.n_rows, device=device).repeat_interleave(self.values.shape[1])

@@ -24,6 +24,12 @@ from microtome.sae.code import SparseCode
 class TopK:
     """Keep the k largest pre-activations of a row, then apply the ReLU.
 
+    Attributes:
+        k: how many, a whole number of at least 1; the SAE has at least so many features.
+
+    Raises:
+        ArgumentError: k is below 1 or no whole number.
+
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
 

@@ -45,6 +45,9 @@ class InMemory:
     Batch i of a seed is entries i * batch_size to (i + 1) * batch_size of an endless list: the rows
     in random order, then again in another order, and so on. So every row is seen once before any is
     seen twice.
+
+    Raises:
+        ShapeError, DtypeError: the data is no [rows, d] of floats with at least one row.
     """
 
     def __init__(self, data: Tensor, op: str = "train") -> None:
