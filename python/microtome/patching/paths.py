@@ -114,7 +114,7 @@ def path_patch(
         direction: "denoise" sends clean outputs in the corrupted run, "noise" the other way round.
         attention_mask: [b, t] of both runs.
         precision: as in `sweep`, of what comes after the receiver.
-        memory: bytes.
+        memory: bytes; the runs of all prompts are held at once, whatever they take.
         progress: show a progress bar, over pairs.
 
     Returns:
@@ -146,6 +146,7 @@ def path_patch(
     engine = engine_for(
         "path_patch", model, base, source, attention_mask, paired=True, precision=precision,
         memory=memory, engine="native", site="", advice="Paths are followed through its parts.",
+        whole=True,
     )  # fmt: skip
     assert isinstance(engine, NativeEngine)
     groups = tuple((r,) if isinstance(r, Node) else tuple(r) for r in receivers)

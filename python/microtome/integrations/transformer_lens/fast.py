@@ -16,10 +16,10 @@ from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
 from microtome.patching.cells import HEADED
-from microtome.patching.engine import MEMORY
+from microtome.patching.engine import MEMORY, fitting
 from microtome.patching.execute import predictions, recorded
 from microtome.patching.hooked import packed
-from microtome.patching.native import NativeEngine
+from microtome.patching.native import KnownModel
 from microtome.patching.prompts import spans
 from microtome.patching.traced import BeyondError, Logits, Reads
 
@@ -51,7 +51,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             say_once(f"{request.op}: {runner}")
             return None
         none = request.tokens[:0], torch.zeros(0, dtype=torch.int64)
-        engine = NativeEngine(
+        engine = fitting(runner, request.tokens.numel(), False, MEMORY)(
             model,
             runner,
             request.tokens,
@@ -69,7 +69,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
         try:
             try:
                 metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
-                reads = recorded(engine, metrics, engine.run.final)
+                reads = recorded(engine, metrics, engine.final)
                 return _scores(request, engine, plan, reads)
             except BeyondError:
                 return _scores(request, engine, plan, None)
@@ -103,9 +103,9 @@ def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
     return ""
 
 
-def _unlike(request: PatchRequest, kind: str, engine: NativeEngine) -> str:
+def _unlike(request: PatchRequest, kind: str, engine: KnownModel) -> str:
     """Why the clean run's activations are not those of this model, or an empty string."""
-    width, dtype = engine.shape.width(kind), engine.run.final.dtype
+    width, dtype = engine.shape.width(kind), engine.final.dtype
     for hook, clean in request.clean.items():
         if clean.dtype != dtype:
             has, wants = (str(d).removeprefix("torch.") for d in (clean.dtype, dtype))
@@ -115,10 +115,10 @@ def _unlike(request: PatchRequest, kind: str, engine: NativeEngine) -> str:
     return ""
 
 
-def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
+def _plan(request: PatchRequest, kind: str, engine: KnownModel) -> Plan:
     """The writes of the cells, row cell * b + prompt."""
     assert request.stock is not None
-    shape, device = engine.shape, engine.run.final.device
+    shape, device = engine.shape, engine.final.device
     b, t = shape.b, shape.t
     sources = {}
     for layer, hook in request.hooks.items():
@@ -157,7 +157,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
 
 
 def _in_parts(
-    request: PatchRequest, kind: str, engine: NativeEngine, layer: int, x: Tensor
+    request: PatchRequest, kind: str, engine: KnownModel, layer: int, x: Tensor
 ) -> Tensor:
     """What the parts hold where a hook gives x [b, t, ...].
 
@@ -171,7 +171,7 @@ def _in_parts(
     return norm(x.flatten(0, 1)).view_as(x)
 
 
-def _own(request: PatchRequest, kind: str, engine: NativeEngine) -> Any:
+def _own(request: PatchRequest, kind: str, engine: KnownModel) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
     A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
@@ -191,7 +191,7 @@ def _own(request: PatchRequest, kind: str, engine: NativeEngine) -> Any:
     return lambda layer, stage: held[layer, stage]
 
 
-def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads | None) -> Tensor:
+def _scores(request: PatchRequest, engine: KnownModel, plan: Plan, reads: Reads | None) -> Tensor:
     """The metrics of every cell, from a table of the logits they read, or from all of them."""
     b, t = engine.shape.b, engine.shape.t
     slots = (torch.arange(t) if reads is None else reads.positions).expand(b, -1)
