@@ -12,23 +12,25 @@ from microtome.integrations.transformer_lens import names
 from microtome.integrations.transformer_lens.hooked import HookedModel
 from microtome.integrations.transformer_lens.request import PatchRequest
 from microtome.integrations.transformer_lens.rows import say_once
+from microtome.models.capture import batch_slices
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
 from microtome.patching.cells import HEADED
 from microtome.patching.engine import MEMORY, fitting
-from microtome.patching.execute import predictions, recorded
+from microtome.patching.execute import TOKENS, predictions, recorded
 from microtome.patching.hooked import packed
 from microtome.patching.native import KnownModel
 from microtome.patching.prompts import spans
 from microtome.patching.traced import BeyondError, Logits, Reads
 
 
-def try_fast(request: PatchRequest) -> Tensor | None:
+def try_fast(request: PatchRequest, *, progress: bool = False) -> Tensor | None:
     """Run a sweep without a full forward for each cell.
 
     Args:
         request: the sweep; its setter is a stock one.
+        progress: show a progress bar, counted in cells.
 
     Returns:
         [cells, m], or [cells, m, b] if `request.metrics.per_example`, with the numbers of
@@ -70,9 +72,9 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             try:
                 metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
                 reads = recorded(engine, metrics, engine.final)
-                return _scores(request, engine, plan, reads)
+                return _scores(request, engine, plan, reads, progress)
             except BeyondError:
-                return _scores(request, engine, plan, None)
+                return _scores(request, engine, plan, None, progress)
         except NonFiniteError:  # forwards have logits at padding, and say which cell it was
             if request.attention_mask is not None:
                 say_once(f"{request.op}: a metric is NaN without the logits at padding")
@@ -191,15 +193,19 @@ def _own(request: PatchRequest, kind: str, engine: KnownModel) -> Any:
     return lambda layer, stage: held[layer, stage]
 
 
-def _scores(request: PatchRequest, engine: KnownModel, plan: Plan, reads: Reads | None) -> Tensor:
+def _scores(
+    request: PatchRequest, engine: KnownModel, plan: Plan, reads: Reads | None, progress: bool
+) -> Tensor:
     """The metrics of every cell, from a table of the logits they read, or from all of them."""
     b, t = engine.shape.b, engine.shape.t
     slots = (torch.arange(t) if reads is None else reads.positions).expand(b, -1)
     columns = None if reads is None or reads.tokens is None else reads.tokens.expand(b, -1)
     own = predictions(engine, torch.arange(b), slots, columns)
-    size = max(1, MEMORY // max(1, 2 * own.numel() * own.element_size()))
+    by_logits = MEMORY // max(1, 2 * own.numel() * own.element_size())
+    size = max(1, min(by_logits, engine.groups * TOKENS // (b * t)))
     scores = []
-    for cells in torch.arange(len(request.cells)).split(size):
+    for part in batch_slices(len(request.cells), size, request.op if progress else None, "cell"):
+        cells = torch.arange(part.start, part.stop)
         rows = (cells[:, None] * b + torch.arange(b)).flatten()
         logits = own.expand(len(cells), *own.shape).clone()
         for row, slot, new in engine.patched(plan.take(rows), slots, columns):
