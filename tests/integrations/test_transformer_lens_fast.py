@@ -107,7 +107,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(*given: Any, **how: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(GENERIC, "try_fast", lambda request: None)
+            patch.setattr(GENERIC, "try_fast", lambda request, **how: None)
             return run(*given, **how)
 
     return call

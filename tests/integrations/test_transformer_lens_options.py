@@ -232,3 +232,19 @@ def test_bad_input_is_answered_in_words(model: ToyModel, cache: Any):
         ArgumentError, match=r"model must be a Hugging Face or TransformerLens model"
     ):
         patching.get_act_patch_resid_pre("gpt2", corrupted, cache, metric)
+
+
+def test_a_native_sweep_shows_a_bar_over_cells_unless_told_not_to(capsys):
+    model = HookedModel(families.build("llama"))
+    both = families.tokens(2, 4)
+    _, cache = model.run_with_cache(both[:1], names_filter=lambda name: name.endswith("hook_z"))
+
+    def shown(**how: bool) -> str:
+        capsys.readouterr()
+        patching.get_act_patch_attn_head_out_all_pos(
+            model, both[1:], cache, lambda logits: logits[0, -1, 3], **how
+        )
+        return capsys.readouterr().err
+
+    assert "12/12" in shown()
+    assert shown(progress=False) == ""

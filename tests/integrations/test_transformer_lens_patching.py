@@ -235,7 +235,8 @@ def test_the_fast_path_is_asked_for_stock_setters_and_its_scores_are_taken(
 ):
     asked = []
 
-    def fast(request: Any) -> Tensor:
+    def fast(request: Any, *, progress: bool) -> Tensor:
+        assert progress
         asked.append(request)
         return torch.arange(float(len(request.cells)))[:, None]
 

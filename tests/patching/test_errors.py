@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ArgumentError, BackendError, DtypeError, ShapeError, SiteError
+from microtome.integrations.transformer_lens import HookedModel
 from microtome.models import ToyModel
 from microtome.ops import use_backend
-from microtome.patching import ablate, logit_difference, sweep
+from microtome.patching import ablate, logit_difference, sweep, sweep_features
 from microtome.testing import families
 from microtome.testing.patching import changed, untouched
 from microtome.testing.plain import Plain
@@ -306,3 +307,42 @@ def test_a_forward_that_somebody_put_on_a_block_comes_back():
     assert found.engine == "blocks"
     assert toy.h[0].__dict__["forward"] is counted
     assert calls
+
+
+# Arguments of another type
+
+
+def test_arguments_of_another_type_are_named():
+    assert fails(DtypeError, attention_mask=[[1] * 5] * 2) == (
+        "sweep: attention_mask must be a tensor [b, t], got list."
+    )
+    assert fails(ArgumentError, layers=1) == (
+        "sweep: layers must be a list of numbers, got 1. Pass [1]."
+    )
+    assert fails(ArgumentError, call=ablate, op="scale", factor="2") == (
+        "ablate: factor must be a number or a list of numbers, got '2'."
+    )
+    assert fails(ShapeError, clean=CLEAN[:1], corrupted=CORRUPTED[:1], metric=lambda _: None) == (
+        "<lambda>: the metric must return one number for each of 1 prompts, [1], got NoneType. Do "
+        "not average over prompts; the sweep does."
+    )
+    with pytest.raises(DtypeError) as raised:
+        sweep(HookedModel(ToyModel()), CLEAN, CORRUPTED, LAST)
+    assert str(raised.value) == (
+        "sweep: model must be a torch.nn.Module, got HookedModel. Its .model is one."
+    )
+    with pytest.raises(ArgumentError) as raised:
+        sweep_features(ToyModel(), nn.Linear(2, 2), "resid_pre.1", CLEAN, CORRUPTED, LAST)
+    assert str(raised.value) == (
+        "sweep_features: sae must have encode(x) and W_dec [f, d], got Linear. See microtome.SAE."
+    )
+
+
+def test_one_axis_or_a_tensor_of_factors_will_do():
+    toy, how = ToyModel(), {"progress": False}
+    one, listed = (
+        sweep(toy, CLEAN, CORRUPTED, LAST, "z", axes=a, **how) for a in ("head", ["head"])
+    )
+    assert torch.equal(one.scores, listed.scores)
+    scaled = ablate(toy, CLEAN, LAST, op="scale", factor=torch.tensor([0.0, 1.0]), **how)
+    assert scaled.values[-1] == (0.0, 1.0)

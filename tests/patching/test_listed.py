@@ -304,3 +304,25 @@ def test_nan_names_the_writes_of_its_cell(toy):
         before = run_patched(toy, BASE, [])
     with pytest.raises(NonFiniteError, match=r"prompt 0 with the patch at z.0, mlp_out.1\."):
         patch(toy, BASE, None, picky, [[], [Write("z.0", op="zero"), Write("mlp_out.1", value=1)]])
+
+
+def test_pairs_say_which_writes_changed_something(toy):
+    writes = [Write("z.0", heads=1), Write("z.1", op="scale"), Write("mlp_out.1", positions=2)]
+    found = pairs(toy, SOURCE, BASE, logit_difference(11, 12), writes, progress=False)
+    assert found.written[1, 1] == 0  # a factor of 1
+    assert found.alone[1] == found.unpatched
+    assert found.written.diagonal()[[0, 2]].tolist() == [B * T, B]
+    assert found.written[0, 2] == found.written[2, 0] == B * T + B
+
+
+def test_writes_of_other_types_are_named(toy):
+    for how, message in (
+        ({"heads": [0, 1]}, "heads must be one number or None for all, got [0, 1]. For several, "
+         "put a Write for each into the cell."),
+        ({"value": "zero"}, "value must be a tensor or a number, got str."),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError) as raised:
+            Write("z.0", **how)
+        assert str(raised.value) == f"Write: {message}"
+    with pytest.raises(ArgumentError, match=r"^patch: each cell must be a list of Write, got W"):
+        patch(toy, BASE, SOURCE, last_difference, [Write("z.0")])

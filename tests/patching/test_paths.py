@@ -219,7 +219,7 @@ def test_nodes_say_what_they_are_and_wrong_ones_are_refused(llama):
     assert str(Node("embed")) == "embed"
     assert [str(Node("z", 1, 3)), str(Node("q", 2))] == ["z.1.3", "q.2"]
 
-    def refuses(senders: list[Node], receivers: list[Node], message: str, model=llama) -> None:
+    def refuses(senders: object, receivers: object, message: str, model=llama) -> None:
         with pytest.raises(ArgumentError) as raised:
             path_patch(model, CLEAN, CORRUPTED, everything, senders, receivers, progress=False)
         assert str(raised.value) == f"path_patch: {message}"
@@ -227,6 +227,8 @@ def test_nodes_say_what_they_are_and_wrong_ones_are_refused(llama):
     z, out = Node("z", 0), Node("out")
     refuses([], [out], "no sender was named. Pass at least one Node.")
     refuses([z], [], "no receiver was named. Pass at least one Node.")
+    refuses([z], "out", "receivers must be a Node or a list of them, got 'out'.")
+    refuses(["z.0"], out, "a sender must be a Node, such as Node('z', 3, 1), got 'z.0'.")
     refuses(
         [Node("q")], [out],
         "sender's site must be one of 'embed', 'z', 'attn_out', 'mlp_out', got 'q'.",
@@ -248,6 +250,16 @@ def test_nodes_say_what_they_are_and_wrong_ones_are_refused(llama):
     )  # fmt: skip
     with pytest.raises(ArgumentError, match="direction must be one of 'denoise', 'noise', got 'x'"):
         path_patch(llama, CLEAN, CORRUPTED, everything, [z], [out], direction="x")
+
+
+def test_one_sender_or_receiver_needs_no_list(llama):
+    z, out = Node("z", 0), Node("out")
+    alone, listed = (
+        path_patch(llama, CLEAN, CORRUPTED, everything, *nodes, progress=False)
+        for nodes in ((z, out), ([z], [out]))
+    )
+    assert torch.equal(alone.scores, listed.scores)
+    assert (alone.senders, alone.receivers) == (listed.senders, listed.receivers)
 
 
 def test_nan_names_the_path(llama):

@@ -238,6 +238,7 @@ def make_grid(
     """
     _check.one_of(caller, "site", site, tuple(AXES))
     _check.one_of(caller, "op", op, tuple(OPS))
+    axes = (axes,) if isinstance(axes, str) else axes
     wanted = tuple(a for a in axes if a != "layer") if axes is not None else AXES[site][0]
     if sorted(wanted) not in [sorted(known) for known in AXES[site]]:
         has = "; ".join(", ".join(("layer", *known)) for known in AXES[site])
@@ -260,6 +261,9 @@ def make_grid(
     values = []
     for axis in ("layer", *wanted):
         given, size = sizes[axis]
+        if isinstance(given, (int, float, str)):
+            msg = f"{caller}: {axis}s must be a list of numbers, got {given!r}. Pass [{given!r}]."
+            raise ArgumentError(msg)
         chosen = tuple(range(size)) if given is None else tuple(int(i) for i in given)
         bad = [i for i in chosen if not 0 <= i < size]
         if bad or not chosen:
@@ -268,6 +272,10 @@ def make_grid(
             raise ArgumentError(msg)
         values.append(chosen)
     names: tuple[str, ...] = ("layer", *wanted)
+    factor = factor.tolist() if isinstance(factor, Tensor) else factor
+    if isinstance(factor, str):
+        msg = f"{caller}: factor must be a number or a list of numbers, got {factor!r}."
+        raise ArgumentError(msg)
     if not isinstance(factor, Sequence):
         return Grid(site, names, tuple(values), op, (float(factor),))
     if not factor:

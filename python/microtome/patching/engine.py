@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from microtome import _check
 from microtome.errors import ArgumentError, SiteError
 from microtome.models.capture import takes_mask
-from microtome.models.native.runner import runner_of
+from microtome.models.native.runner import Runner, runner_of
 from microtome.patching.execute import Engine
 from microtome.patching.hooked import HookEngine
 from microtome.patching.native import NativeEngine
+from microtome.patching.parted import PartedEngine
 from microtome.patching.prompts import spans
 
 ENGINES = ("auto", "native", "blocks", "forwards")
@@ -36,6 +37,7 @@ def engine_for(
     engine: str,
     site: str,
     advice: str = "Use engine='auto'.",
+    whole: bool = False,
 ) -> Engine:
     """An engine ready to patch `base` with activations of `source`.
 
@@ -51,6 +53,7 @@ def engine_for(
         engine: one of ENGINES.
         site: the kind of site that is patched, or "" for several kinds, checked by the caller.
         advice: what to do where the native engine is demanded and cannot run.
+        whole: the caller reads the native engine's run, which then holds all prompts at once.
 
     Raises:
         ArgumentError: an option is none of the above, the demanded engine cannot run, or there is
@@ -73,13 +76,11 @@ def engine_for(
         both = torch.cat((base, source.to(base.device)))
         runner = runner_of(model, both, first.int())
         if not isinstance(runner, str):
-            return _with_site(
-                op,
-                site,
-                NativeEngine(
-                    model, runner, base, source, (first, sources), stop, delta=delta, memory=memory
-                ),
+            prompts = base, source, (first, sources), stop
+            fast = (
+                NativeEngine if whole else fitting(runner, len(both) * both.shape[1], delta, memory)
             )
+            return _with_site(op, site, fast(model, runner, *prompts, delta=delta, memory=memory))
         why = runner
         if engine == "native":
             msg = f"{op}: engine 'native' cannot run this model: {why}. {advice}"
@@ -107,6 +108,14 @@ def engine_for(
         what = f"{site} patches" if site else "patches"
         warnings.warn(f"{op}: {what} run {how}, since {found.note}.", stacklevel=3)
     return found
+
+
+def fitting(
+    runner: Runner, tokens: int, delta: bool, memory: int
+) -> type[NativeEngine | PartedEngine]:
+    """The native engine for so many tokens, base and source: runs in parts if they are too many."""
+    wanted = tokens * runner.bytes_a_token(differences=delta)
+    return PartedEngine if wanted > memory - memory // 8 else NativeEngine
 
 
 def _with_site(op: str, site: str, engine: AnyEngine) -> AnyEngine:

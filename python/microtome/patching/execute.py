@@ -29,6 +29,7 @@ class Engine(Protocol):
     name: str
     note: str
     shape: Shape
+    groups: int  # how much larger than elsewhere a group of cells is to be
 
     @property
     def vocabulary(self) -> int: ...
@@ -225,7 +226,7 @@ def _execute(
     unpatched = torch.cat(measured).to(own)  # [1 or 2, b]
     scores = torch.empty(cells.count, b, dtype=own.dtype)
     written = torch.zeros(cells.count, dtype=torch.int64)
-    size = _group(cells, shape, own, memory)
+    size = _group(cells, engine, own, memory)
     mark = "" if resume is None else _fingerprint(engine, job)
     partial = Partial(op, resume, mark, unpatched, scores, written)
     done = partial.load()
@@ -247,7 +248,7 @@ def _execute(
     return Outcome(scores, written, unpatched[0], unpatched[-1][: 0 if job.ablation else b])
 
 
-def _group(cells: Cells, shape: Shape, logits: Tensor, memory: int) -> int:
+def _group(cells: Cells, engine: Engine, logits: Tensor, memory: int) -> int:
     """Cells at a time: bounded by their writes, their tokens and the logits that are read of them.
 
     A group is what an interruption loses, and a step of the progress bar.
@@ -255,7 +256,7 @@ def _group(cells: Cells, shape: Shape, logits: Tensor, memory: int) -> int:
     a_cell = 2 * logits.numel() * logits.element_size()
     fits = (
         WRITES // max(1, cells.writes_a_cell),
-        TOKENS // (shape.b * shape.t),
+        engine.groups * TOKENS // (engine.shape.b * engine.shape.t),
         memory // max(1, a_cell),
     )
     return max(1, min(cells.count, *fits))

@@ -106,7 +106,7 @@ def sweep_features(
         msg = f"sweep_features: op {op!r} takes no factor, got {factor}. Use 'scale' or 'add'."
         raise ArgumentError(msg)
     ready, place, base_name, x = _ready(
-        "sweep_features", model, sae.W_dec.shape[1], at, clean, corrupted, direction,
+        "sweep_features", model, _width("sweep_features", sae), at, clean, corrupted, direction,
         attention_mask, precision, memory, engine, needs_both=op == "replace",
     )  # fmt: skip
     shape = ready.shape
@@ -200,7 +200,7 @@ def sweep_error(
         torch.Size([8])
     """
     ready, place, base_name, x = _ready(
-        "sweep_error", model, sae.W_dec.shape[1], at, clean, corrupted, direction,
+        "sweep_error", model, _width("sweep_error", sae), at, clean, corrupted, direction,
         attention_mask, precision, memory, engine, needs_both=True,
     )  # fmt: skip
     shape = ready.shape
@@ -261,6 +261,18 @@ def _ready(
         msg = f"{op}: the autoencoder has d={width}, but {at} has d={x.shape[1]}."
         raise ShapeError(msg)
     return ready, place, base_name, x
+
+
+def _width(op: str, sae: Any) -> int:
+    """d of an autoencoder; ArgumentError for what is none."""
+    W_dec = getattr(sae, "W_dec", None)
+    if not isinstance(W_dec, Tensor) or W_dec.dim() != 2 or not callable(getattr(sae, "encode", 0)):
+        msg = (
+            f"{op}: sae must have encode(x) and W_dec [f, d], got {type(sae).__name__}. See "
+            "microtome.SAE."
+        )
+        raise ArgumentError(msg)
+    return int(W_dec.shape[1])
 
 
 def _indices(name: str, given: Sequence[int]) -> Tensor:

@@ -23,6 +23,7 @@ from microtome.models.sites import Site, canonical
 from microtome.models.splice import splice
 from microtome.ops import patch_rows
 from microtome.patching.cells import HEADED, Shape
+from microtome.patching.held import Held
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -45,6 +46,8 @@ class HookEngine:
         ArgumentError: it returns no logits.
     """
 
+    groups = 1
+
     def __init__(
         self,
         op: str,
@@ -65,9 +68,10 @@ class HookEngine:
             self.mask = torch.cat((mask, mask if paired else torch.ones_like(source).to(mask)))
         self.known = canonical(op, model) if family_of(model) is not None else {}
         self.path, self.blocks = find_blocks(op, model, self.known)
-        self._held: dict[str, list[Tensor]] = {}
-        self.vocabulary = self._logits(torch.zeros(1).long()).shape[-1]
+        logits = self._logits(torch.zeros(1).long())
+        self.vocabulary, self._bytes = logits.shape[-1], logits.element_size()
         self.shape = self._shape(len(base), span)
+        self._held = Held(self.shape.layers, self._size, memory // 4, self._read)
         self.note = ""
         self.name = "forwards"
         if skip:
@@ -96,17 +100,23 @@ class HookEngine:
         """[(b + s) * t, w]: what base and source prompts have at a stage."""
         if layer == self.shape.layers:
             layer, stage = layer - 1, "resid_post"
-        if stage not in self._held:
-            names = [self._site(stage, at) for at in range(self.shape.layers)]
-            found = capture(
-                self.model,
-                names,
-                self.tokens,
-                attention_mask=self.mask,
-                batch_size=min(self.rows_at_once(), len(self.tokens)),
-            )
-            self._held[stage] = [packed(stage, found[name]) for name in names]
-        return self._held[stage][layer]
+        return self._held(layer, stage)
+
+    def _size(self, stage: str) -> int:
+        """Bytes of one layer's activation, all prompts."""
+        return self.tokens.numel() * self.shape.width(stage) * self._bytes
+
+    def _read(self, layers: range, stage: str) -> list[Tensor]:
+        """A place at some layers, of all prompts."""
+        names = [self._site(stage, at) for at in layers]
+        found = capture(
+            self.model,
+            names,
+            self.tokens,
+            attention_mask=self.mask,
+            batch_size=min(self.rows_at_once(), len(self.tokens)),
+        )
+        return [packed(stage, found[name]) for name in names]
 
     def trimmed(self, plan: Plan) -> Plan:
         """The plan without the writes that change no bit."""

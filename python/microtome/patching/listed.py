@@ -27,6 +27,8 @@ class Pairs:
         together: [k, k], with two; the diagonal is `alone`.
         unpatched: the metric without any.
         metric: its name.
+        written: [k, k] int64, how many writes changed a bit; where it is 0 the run is the unpatched
+            one.
 
     `interaction` near zero says that two effects add up; it does not follow that the two are
     unconnected, since effects may also cancel elsewhere.
@@ -36,6 +38,7 @@ class Pairs:
     together: Tensor
     unpatched: float
     metric: str
+    written: Tensor
 
     @property
     def interaction(self) -> Tensor:
@@ -153,10 +156,11 @@ def pairs(
     )  # fmt: skip
     found = execute("pairs", ready, job, memory=memory, progress=progress, resume=None)
     scores = found.scores.mean(1)
-    together = torch.diag(scores[:k])
+    together, written = torch.diag(scores[:k]), torch.diag(found.written[:k])
     together[i, j] = together[j, i] = scores[k:]
+    written[i, j] = written[j, i] = found.written[k:]
     unpatched = found.corrupted if direction == "denoise" else found.clean
-    return Pairs(scores[:k], together, float(unpatched.mean()), job.metric.name)
+    return Pairs(scores[:k], together, float(unpatched.mean()), job.metric.name, written)
 
 
 def _job(
@@ -173,6 +177,10 @@ def _job(
     engine: str,
 ) -> tuple[Job, Engine]:
     """Cells ready to run; `name` is what metrics call the base run, "clean" or "corrupted"."""
+    for i, cell in enumerate(cells):
+        if not isinstance(cell, Sequence) or not all(isinstance(write, Write) for write in cell):
+            msg = f"{op}: each cell must be a list of Write, got {cell!r} as cell {i}."
+            raise ArgumentError(msg)
     if source is None:
         base = one(op, model, base, mask)
         if any(write.reads_source for cell in cells for write in cell):

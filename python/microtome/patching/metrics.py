@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -133,8 +134,10 @@ class Metric:
     def _checked(self, out: Any, wanted: tuple[int, ...]) -> Tensor:
         """What `measure` returned, if it is one number for each prompt."""
         b = wanted[-1]
-        if b == 1 and self.whole and (not isinstance(out, Tensor) or out.numel() == 1):
-            return torch.as_tensor(out).reshape(1)
+        if b == 1 and self.whole and (isinstance(out, Real) or hasattr(out, "__array__")):
+            out = torch.as_tensor(out)
+            if out.numel() == 1:
+                return out.reshape(1)
         if not isinstance(out, Tensor) or out.shape != wanted:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             msg = (

@@ -47,7 +47,8 @@ class Write:
         factor: for add and scale.
 
     Raises:
-        ArgumentError: op is unknown, or takes no value or factor and was given one.
+        ArgumentError: op is unknown, or takes no value or factor and was given one; a position,
+            head or value of another type.
     """
 
     site: str
@@ -60,6 +61,16 @@ class Write:
 
     def __post_init__(self) -> None:
         _check.one_of("Write", "op", self.op, OPS)
+        for name, given in (("positions", self.positions), ("heads", self.heads)):
+            if given is not None and not hasattr(given, "__index__"):
+                msg = (
+                    f"Write: {name} must be one number or None for all, got {given!r}. For "
+                    "several, put a Write for each into the cell."
+                )
+                raise ArgumentError(msg)
+        if not isinstance(self.value, (Tensor, float, int, type(None))):
+            msg = f"Write: value must be a tensor or a number, got {type(self.value).__name__}."
+            raise ArgumentError(msg)
         for name, given, ops in (
             ("value", self.value is not None, ("replace", "add")),
             ("factor", self.factor != 1.0, ("add", "scale")),

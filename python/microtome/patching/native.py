@@ -13,49 +13,41 @@ from microtome.patching.cells import Shape
 from microtome.patching.hooked import fingerprint
 
 
-class NativeEngine:
-    """Runs plans over b base prompts, with the b source prompts beside them in one run.
+class KnownModel:
+    """What the engines of a known model share: its parts, its prompts and their final stream.
 
-    Args:
-        model: the model.
-        runner: its verified parts.
-        base: [b, t] int64, the prompts that are patched.
-        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
-        first, stop: [b] int64, the positions that count.
+    Attributes:
+        runner: the verified parts.
+        model: what they were read from.
+        tokens: [b + s, t] int64, base prompts first, then source prompts.
+        final: [(b + s) * t, d], their stream after the last block.
         delta: multiply differences in bf16.
-        memory: bytes for all activations; an eighth is the least that patched rows get.
+        shape: of the run.
     """
 
-    name, note = "native", ""
+    name, note, groups = "native", "", 1
+    runner: Runner
+    model: nn.Module
+    tokens: Tensor
+    final: Tensor
+    delta: bool
+    shape: Shape
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runner: Runner,
-        base: Tensor,
-        source: Tensor,
-        first: tuple[Tensor, Tensor],
-        stop: Tensor,
-        *,
-        delta: bool,
-        memory: int,
-    ) -> None:
-        self.runner, self.delta = runner, delta
-        self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
-        self.run = runner.base(model, self.tokens, torch.cat(first).int(), differences=delta)
-        self.memory = max(memory // 8, memory - self.run.nbytes)
-        block = runner.stack.blocks[0]
-        self.shape = Shape(
-            layers=len(runner.stack.blocks),
-            b=len(base),
-            t=base.shape[1],
-            first=first[0],
+    def sized(self, b: int, first: Tensor, stop: Tensor) -> Shape:
+        """The shape of a run of b base prompts whose positions first ... stop - 1 count."""
+        blocks = self.runner.stack.blocks
+        block = blocks[0]
+        return Shape(
+            layers=len(blocks),
+            b=b,
+            t=self.tokens.shape[1],
+            first=first,
             stop=stop,
             heads=block.heads,
             kv_heads=block.kv_heads,
             d_head=block.d_head,
             d_mlp=block.mlp.width if block.mlp is not None else 0,
-            d=self.run.final.shape[1],
+            d=block.out.out_features,
         )
 
     @property
@@ -81,19 +73,65 @@ class NativeEngine:
 
     def activation(self, layer: int, stage: str) -> Tensor:
         """[(b + s) * t, w]: what base and source prompts have at a stage."""
-        return self.run.site(layer, stage)
+        raise NotImplementedError
 
     def trimmed(self, plan: Plan) -> Plan:
         """The plan without the writes that change no bit."""
-        return plan.without_unchanged(self.run.site, self.shape.t)
+        return plan.without_unchanged(self.activation, self.shape.t)
 
     def unpatched(self, prompts: Tensor, slots: Tensor, columns: Tensor | None) -> Tensor:
         """[p, m, c]: logits of some prompts of the run at positions slots [p, m]."""
         with torch.no_grad():
             at = prompts[:, None] * self.shape.t + slots  # [p, m]
-            stream = self.run.final[at.to(self.run.final.device).flatten()]
+            stream = self.final[at.to(self.final.device).flatten()]
             own = None if columns is None else columns.repeat_interleave(slots.shape[1], 0)
             return self.unembedded(stream, own).unflatten(0, tuple(slots.shape))
+
+    def unembedded(self, stream: Tensor, columns: Tensor | None) -> Tensor:
+        """[N, d] -> [N, c], each row its own columns [N, c]."""
+        stack = self.runner.stack
+        if columns is None:
+            return stack.logits(stream)
+        union, place = columns.to(stream.device).unique(return_inverse=True)
+        return stack.logits(stream, union).gather(1, place)
+
+
+class NativeEngine(KnownModel):
+    """Runs plans over b base prompts, with the b source prompts beside them in one run.
+
+    Args:
+        model: the model.
+        runner: its verified parts.
+        base: [b, t] int64, the prompts that are patched.
+        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
+        first: [b] and [s] int64, the first position that counts of each.
+        stop: [b] int64, one past the last.
+        delta: multiply differences in bf16.
+        memory: bytes for all activations; an eighth is the least that patched rows get.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runner: Runner,
+        base: Tensor,
+        source: Tensor,
+        first: tuple[Tensor, Tensor],
+        stop: Tensor,
+        *,
+        delta: bool,
+        memory: int,
+    ) -> None:
+        self.runner, self.delta = runner, delta
+        self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
+        self.run = runner.base(model, self.tokens, torch.cat(first).int(), differences=delta)
+        self.final = self.run.final
+        self.memory = max(memory // 8, memory - self.run.nbytes)
+        self.shape = self.sized(len(base), first[0], stop)
+
+    def activation(self, layer: int, stage: str) -> Tensor:
+        """[(b + s) * t, w]: what base and source prompts have at a stage."""
+        return self.run.site(layer, stage)
 
     def patched(
         self, plan: Plan, slots: Tensor, columns: Tensor | None
@@ -121,11 +159,3 @@ class NativeEngine:
             # A position may be read at several slots.
             at, slot = (final.position.cpu()[:, None] == slots[prompt]).nonzero(as_tuple=True)
             yield row[at], slot, logits[at.to(logits.device)]
-
-    def unembedded(self, stream: Tensor, columns: Tensor | None) -> Tensor:
-        """[N, d] -> [N, c], each row its own columns [N, c]."""
-        stack = self.runner.stack
-        if columns is None:
-            return stack.logits(stream)
-        union, place = columns.to(stream.device).unique(return_inverse=True)
-        return stack.logits(stream, union).gather(1, place)

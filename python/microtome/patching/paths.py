@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +91,8 @@ def path_patch(
     clean: Tensor,
     corrupted: Tensor,
     metric: Metric | Callable[[Tensor], Tensor],
-    senders: Sequence[Node],
-    receivers: Sequence[Node | Sequence[Node]],
+    senders: Node | Sequence[Node],
+    receivers: Node | Sequence[Node | Sequence[Node]],
     *,
     freeze_mlps: bool = True,
     direction: str = "denoise",
@@ -107,14 +108,15 @@ def path_patch(
         clean: [b, t] int64 prompts.
         corrupted: [b, t].
         metric: as in `sweep`.
-        senders: nodes whose output the source run gives.
-        receivers: nodes; a list of nodes is one receiver whose nodes are patched together.
+        senders: nodes whose output the source run gives; one alone may come without a list.
+        receivers: nodes, likewise; a list within it is one receiver whose nodes are patched
+            together.
         freeze_mlps: hold the MLPs between sender and receiver at the base run too; False lets them
             answer, as Wang et al. do. Attention is always frozen.
         direction: "denoise" sends clean outputs in the corrupted run, "noise" the other way round.
         attention_mask: [b, t] of both runs.
         precision: as in `sweep`, of what comes after the receiver.
-        memory: bytes.
+        memory: bytes; the runs of all prompts are held at once, whatever they take.
         progress: show a progress bar, over pairs.
 
     Returns:
@@ -146,9 +148,14 @@ def path_patch(
     engine = engine_for(
         "path_patch", model, base, source, attention_mask, paired=True, precision=precision,
         memory=memory, engine="native", site="", advice="Paths are followed through its parts.",
+        whole=True,
     )  # fmt: skip
     assert isinstance(engine, NativeEngine)
-    groups = tuple((r,) if isinstance(r, Node) else tuple(r) for r in receivers)
+    senders = _listed("senders", senders)
+    groups = tuple(
+        (r,) if isinstance(r, Node) else _listed("receivers", r)
+        for r in _listed("receivers", receivers)
+    )
     for nodes, allowed, what in (
         (senders, SENDERS, "sender"),
         ([node for group in groups for node in group], RECEIVERS, "receiver"),
@@ -157,6 +164,9 @@ def path_patch(
             msg = f"path_patch: no {what} was named. Pass at least one Node."
             raise ArgumentError(msg)
         for node in nodes:
+            if not isinstance(node, Node):
+                msg = f"path_patch: a {what} must be a Node, such as Node('z', 3, 1), got {node!r}."
+                raise ArgumentError(msg)
             _check_node(node, allowed, what, engine)
     cells = PathCells(engine, tuple(senders), groups, freeze_mlps)
     base_name = "corrupted" if direction == "denoise" else "clean"
@@ -175,6 +185,16 @@ def path_patch(
         corrupted=found.corrupted,
         base=base_name,
     )
+
+
+def _listed(name: str, given: Any) -> tuple[Any, ...]:
+    """Nodes as a tuple; one alone may come without a list."""
+    if isinstance(given, Node):
+        return (given,)
+    if isinstance(given, (list, tuple)):
+        return tuple(given)
+    msg = f"path_patch: {name} must be a Node or a list of them, got {given!r}."
+    raise ArgumentError(msg)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome import _check
-from microtome.errors import ArgumentError, ShapeError
+from microtome.errors import ArgumentError, DtypeError, ShapeError
 from microtome.models.capture import check_tokens
 
 
@@ -18,6 +18,7 @@ def pair(
     Raises:
         ShapeError: they differ in length or number.
         ArgumentError: they are no prompts of the model.
+        DtypeError: a model, prompts or mask of another type.
     """
     clean, corrupted = one(op, model, clean, mask), one(op, model, corrupted, mask)
     if clean.shape[1] != corrupted.shape[1]:
@@ -38,6 +39,15 @@ def pair(
 
 def one(op: str, model: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Prompts as [b, t]; a single one may come as [t]."""
+    if not isinstance(model, nn.Module):
+        inner = (
+            " Its .model is one." if isinstance(getattr(model, "model", None), nn.Module) else ""
+        )
+        msg = f"{op}: model must be a torch.nn.Module, got {type(model).__name__}.{inner}"
+        raise DtypeError(msg)
+    if mask is not None and not isinstance(mask, Tensor):
+        msg = f"{op}: attention_mask must be a tensor [b, t], got {type(mask).__name__}."
+        raise DtypeError(msg)
     if isinstance(tokens, Tensor) and tokens.dim() == 1:
         tokens = tokens[None]
     check_tokens(op, model, tokens, mask, 1)

@@ -69,8 +69,9 @@ def sweep(
         attention_mask: [b, t], one for both runs, padding on one or both ends.
         precision: "fp32", or "delta-bf16": differences from the base run are multiplied in bf16 and
             added to its float32 products, so that rounding scales with a patch's effect.
-        memory: bytes for all activations, the unpatched runs included; splits the work. Packed
-            weights are kept with the model beside it.
+        memory: bytes for all activations, the unpatched runs included; splits the work, prompts
+            too where their runs do not fit together. One place of all prompts and the run of one
+            are the least. Packed weights are kept with the model beside it.
         engine: "auto" takes the fastest that is verified against the model's own output: "native"
             (known architectures), "blocks" (blocks are run from the patched layer on), "forwards"
             (full forwards, many cells as rows of a batch).

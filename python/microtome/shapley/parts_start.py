@@ -136,7 +136,7 @@ def start(
         source = corrupted
     ready = engine_for(
         op, model, clean, source, mask, paired=corrupted is not None, precision=precision,
-        memory=memory, engine=engine, site="",
+        memory=memory, engine=engine, site="", whole=True,
     )  # fmt: skip
     for site in sites:
         if why := ready.lacks(site):

@@ -12,23 +12,25 @@ from microtome.integrations.transformer_lens import names
 from microtome.integrations.transformer_lens.hooked import HookedModel
 from microtome.integrations.transformer_lens.request import PatchRequest
 from microtome.integrations.transformer_lens.rows import say_once
+from microtome.models.capture import batch_slices
 from microtome.models.native.plan import STAGES, Plan, Writes
 from microtome.models.native.runner import runner_of
 from microtome.ops import REPLACE
 from microtome.patching.cells import HEADED
-from microtome.patching.engine import MEMORY
-from microtome.patching.execute import predictions, recorded
+from microtome.patching.engine import MEMORY, fitting
+from microtome.patching.execute import TOKENS, predictions, recorded
 from microtome.patching.hooked import packed
-from microtome.patching.native import NativeEngine
+from microtome.patching.native import KnownModel
 from microtome.patching.prompts import spans
 from microtome.patching.traced import BeyondError, Logits, Reads
 
 
-def try_fast(request: PatchRequest) -> Tensor | None:
+def try_fast(request: PatchRequest, *, progress: bool = False) -> Tensor | None:
     """Run a sweep without a full forward for each cell.
 
     Args:
         request: the sweep; its setter is a stock one.
+        progress: show a progress bar, counted in cells.
 
     Returns:
         [cells, m], or [cells, m, b] if `request.metrics.per_example`, with the numbers of
@@ -51,7 +53,7 @@ def try_fast(request: PatchRequest) -> Tensor | None:
             say_once(f"{request.op}: {runner}")
             return None
         none = request.tokens[:0], torch.zeros(0, dtype=torch.int64)
-        engine = NativeEngine(
+        engine = fitting(runner, request.tokens.numel(), False, MEMORY)(
             model,
             runner,
             request.tokens,
@@ -69,10 +71,10 @@ def try_fast(request: PatchRequest) -> Tensor | None:
         try:
             try:
                 metrics = lambda logits: request.metrics(logits, "the unpatched run")  # noqa: E731
-                reads = recorded(engine, metrics, engine.run.final)
-                return _scores(request, engine, plan, reads)
+                reads = recorded(engine, metrics, engine.final)
+                return _scores(request, engine, plan, reads, progress)
             except BeyondError:
-                return _scores(request, engine, plan, None)
+                return _scores(request, engine, plan, None, progress)
         except NonFiniteError:  # forwards have logits at padding, and say which cell it was
             if request.attention_mask is not None:
                 say_once(f"{request.op}: a metric is NaN without the logits at padding")
@@ -103,9 +105,9 @@ def _why_not(request: PatchRequest, kinds: set[str | None]) -> str:
     return ""
 
 
-def _unlike(request: PatchRequest, kind: str, engine: NativeEngine) -> str:
+def _unlike(request: PatchRequest, kind: str, engine: KnownModel) -> str:
     """Why the clean run's activations are not those of this model, or an empty string."""
-    width, dtype = engine.shape.width(kind), engine.run.final.dtype
+    width, dtype = engine.shape.width(kind), engine.final.dtype
     for hook, clean in request.clean.items():
         if clean.dtype != dtype:
             has, wants = (str(d).removeprefix("torch.") for d in (clean.dtype, dtype))
@@ -115,10 +117,10 @@ def _unlike(request: PatchRequest, kind: str, engine: NativeEngine) -> str:
     return ""
 
 
-def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
+def _plan(request: PatchRequest, kind: str, engine: KnownModel) -> Plan:
     """The writes of the cells, row cell * b + prompt."""
     assert request.stock is not None
-    shape, device = engine.shape, engine.run.final.device
+    shape, device = engine.shape, engine.final.device
     b, t = shape.b, shape.t
     sources = {}
     for layer, hook in request.hooks.items():
@@ -157,7 +159,7 @@ def _plan(request: PatchRequest, kind: str, engine: NativeEngine) -> Plan:
 
 
 def _in_parts(
-    request: PatchRequest, kind: str, engine: NativeEngine, layer: int, x: Tensor
+    request: PatchRequest, kind: str, engine: KnownModel, layer: int, x: Tensor
 ) -> Tensor:
     """What the parts hold where a hook gives x [b, t, ...].
 
@@ -171,7 +173,7 @@ def _in_parts(
     return norm(x.flatten(0, 1)).view_as(x)
 
 
-def _own(request: PatchRequest, kind: str, engine: NativeEngine) -> Any:
+def _own(request: PatchRequest, kind: str, engine: KnownModel) -> Any:
     """(layer, stage) -> the corrupted run's activations by the model's own forward.
 
     A clean cache holds what the model's forward gave, so a patch that changes nothing is told by
@@ -191,15 +193,19 @@ def _own(request: PatchRequest, kind: str, engine: NativeEngine) -> Any:
     return lambda layer, stage: held[layer, stage]
 
 
-def _scores(request: PatchRequest, engine: NativeEngine, plan: Plan, reads: Reads | None) -> Tensor:
+def _scores(
+    request: PatchRequest, engine: KnownModel, plan: Plan, reads: Reads | None, progress: bool
+) -> Tensor:
     """The metrics of every cell, from a table of the logits they read, or from all of them."""
     b, t = engine.shape.b, engine.shape.t
     slots = (torch.arange(t) if reads is None else reads.positions).expand(b, -1)
     columns = None if reads is None or reads.tokens is None else reads.tokens.expand(b, -1)
     own = predictions(engine, torch.arange(b), slots, columns)
-    size = max(1, MEMORY // max(1, 2 * own.numel() * own.element_size()))
+    by_logits = MEMORY // max(1, 2 * own.numel() * own.element_size())
+    size = max(1, min(by_logits, engine.groups * TOKENS // (b * t)))
     scores = []
-    for cells in torch.arange(len(request.cells)).split(size):
+    for part in batch_slices(len(request.cells), size, request.op if progress else None, "cell"):
+        cells = torch.arange(part.start, part.stop)
         rows = (cells[:, None] * b + torch.arange(b)).flatten()
         logits = own.expand(len(cells), *own.shape).clone()
         for row, slot, new in engine.patched(plan.take(rows), slots, columns):

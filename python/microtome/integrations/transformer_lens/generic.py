@@ -193,7 +193,7 @@ def _run(request: PatchRequest, cells_per_forward: int | None, progress: bool) -
     if request.stock is None:
         name = getattr(request.setter, "__name__", repr(request.setter))
         say_once(f"{request.op}: patch_setter {name!r} is no stock one")
-    elif (values := try_fast(request)) is not None:
+    elif (values := try_fast(request, progress=progress)) is not None:
         return values
     return run_rows(request, cells_per_forward=cells_per_forward, progress=progress)
 

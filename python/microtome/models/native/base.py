@@ -247,3 +247,20 @@ def run_base(stack: Stack, entry: Tensor, first: Tensor, *, differences: bool) -
         )
         x = post
     return BaseRun(stack, tuple(layers), x, (b, t), first)
+
+
+def bytes_kept(stack: Stack, *, differences: bool) -> int:
+    """Memory that a base run takes for one token, beside what one block needs for the moment."""
+    floats = stack.blocks[0].out.out_features  # the stream after the last block
+    for block in stack.blocks:
+        d, heads = block.out.out_features, block.heads * block.d_head
+        keys = block.kv_heads * block.d_head
+        floats += 3 * d + block.qkv.out_features + heads + block.heads
+        normed = heads * (block.norm_q is not None) + keys * (block.norm_k is not None)
+        turned = (heads + keys) * (block.cos is not None)
+        floats += normed + turned + d * (block.post_attention is not None)
+        if block.mlp is not None:
+            floats += block.mlp.width + d + d * (block.post_mlp is not None)
+        if differences:
+            floats += d + (0 if block.mlp is None else d + block.mlp.into.out_features)
+    return floats * stack.unembed.weight.element_size()

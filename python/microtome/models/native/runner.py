@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from microtome.errors import BackendError
 from microtome.models.capture import Recorder, call, evaluating
-from microtome.models.native.base import BaseRun, run_base
+from microtome.models.native.base import BaseRun, bytes_kept, run_base
 from microtome.models.native.block import Stack
 from microtome.models.native.families import READERS, Rotation, read, turned
 from microtome.models.native.hooked import (
@@ -63,6 +63,10 @@ class Runner:
         with torch.no_grad():
             entry = entry_of(model, tokens, self.stack.entry)
             return run_base(self.stack, entry, first.to(entry.device), differences=differences)
+
+    def bytes_a_token(self, *, differences: bool) -> int:
+        """Memory that a base run takes for one token."""
+        return bytes_kept(self.stack, differences=differences)
 
     def waves(
         self, base: BaseRun, plan: Plan, readout: Tensor, *, delta: bool, memory: int
