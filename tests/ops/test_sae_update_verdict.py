@@ -62,13 +62,15 @@ class Step:
             Code(torch.randint(0, f, (n, k), generator=g), draw(n, k).abs(), draw(n, k), draw(n, d))
             for _ in range(2)
         ]
-        self.kept = [*self.params, *self.moments, self.screen.shadow, self.screen.stats]
+        self.copies = (self.params[0].bfloat16(), self.params[2].bfloat16())
+        self.kept = [*self.params, *self.moments, *self.screen[1:], *self.copies]
 
     def take(self) -> Tensor:
         code, aux = self.codes
         return sae_update(
-            code, self.x, self.params, self.moments, self.rule, 1, aux=aux, screen=self.screen
-        )
+            code, self.x, self.params, self.moments, self.rule, 1, aux=aux, screen=self.screen,
+            copies=self.copies,
+        )  # fmt: skip
 
     def state(self) -> list[Tensor]:
         return [t.clone() for t in self.kept if t is not None]
