@@ -9,7 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microtome import _native
 from microtome.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
-from microtome.ops import screen_weights, use_backend
+from microtome.ops import (
+    batch_topk_encode,
+    screen_weights,
+    threshold_encode,
+    topk_encode,
+    use_backend,
+)
 from microtome.ops.screen_weights import KINDS, REFRESHED, Screen, _screen, best_kind, stride
 from microtome.testing import backends_of
 
@@ -262,3 +268,26 @@ def test_a_gpu_has_a_screen_where_triton_reaches_it(monkeypatch: pytest.MonkeyPa
         assert has(torch.device("cpu"), torch.float32)
         assert not has(gpu, torch.bfloat16)
         assert not has(torch.device("meta"), torch.float32)
+
+
+def test_a_screen_of_another_shape_is_refused_before_a_kernel_reads_by_it() -> None:
+    x, W_enc = torch.randn(2, 8), torch.randn(20, 8)
+    good = screen_weights(W_enc)
+    bad = {
+        "fewer rows": screen_weights(W_enc[:9]),
+        "more columns": screen_weights(torch.randn(20, 80)),
+        "strided": good._replace(shadow=good.shadow.repeat(1, 2)[:, ::2]),
+        "another dtype": good._replace(stats=good.stats.double()),
+    }
+    message = r"screen does not belong to W_enc \[20, 8\]: .* Make it with screen_weights\(W_enc\)"
+    for screen in bad.values():
+        with pytest.raises(ArgumentError, match=message):
+            topk_encode(x, W_enc, k=2, screen=screen)
+        with pytest.raises(ArgumentError, match=message):
+            batch_topk_encode(x, W_enc, k=2, screen=screen)
+        with pytest.raises(ArgumentError, match=message):
+            threshold_encode(x, W_enc, threshold=torch.zeros(20), screen=screen)
+    with pytest.raises(ArgumentError, match="screen must be a Screen, got tuple"):
+        topk_encode(x, W_enc, k=2, screen=tuple(good))
+    with pytest.raises(ArgumentError, match=r"screen\.kind must be one of 'bf16', 'q15', 'fp8'"):
+        topk_encode(x, W_enc, k=2, screen=good._replace(kind="q7"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from microtome import _check
-from microtome.ops.screen_weights import Screen
+from microtome.ops.screen_weights import Screen, check_screen
 from microtome.ops.sparse_decode_csr import csr_decode, csr_grad_W_dec
 
 PRECISIONS = ("exact", "fast")
@@ -42,8 +42,11 @@ def check_inputs(
     return sizes
 
 
-def parts_of(screen: Screen | None) -> tuple[str, Tensor | None, Tensor | None]:
-    """A screen as three arguments of an op."""
+def parts_of(
+    op: str, screen: Screen | None, W_enc: Tensor
+) -> tuple[str, Tensor | None, Tensor | None]:
+    """A screen as three arguments of an op; ArgumentError unless it has W_enc's layout."""
+    check_screen(op, screen, W_enc)
     return ("auto", None, None) if screen is None else tuple(screen)  # type: ignore[return-value]
 
 

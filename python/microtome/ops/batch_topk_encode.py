@@ -74,7 +74,7 @@ def batch_topk_encode(
     sizes = shared.check_inputs(OP, x, W_enc, b_enc, b_dec, precision)
     _check.between(OP, "k", k, 1, sizes["f"], "f")
     values, indices, offsets, candidates = _encode(
-        x, W_enc, b_enc, b_dec, k, precision, *shared.parts_of(screen)
+        x, W_enc, b_enc, b_dec, k, precision, *shared.parts_of(OP, screen, W_enc)
     )
     return values, indices, offsets, candidates
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from microtome import _check, _native
+from microtome.errors import ArgumentError
 from microtome.ops._registry import Backend, Op, unavailable, why_not_common
 
 KINDS = ("bf16", "q15", "fp8")
@@ -43,6 +44,36 @@ def stride(d: int, kind: str = "bf16") -> int:
         return max(1, -(-d // 128)) * 128
     lines = max(1, -(-d // 32))
     return 32 * (lines if lines % 2 else lines + 1)
+
+
+def check_screen(op: str, screen: Screen | None, W_enc: Tensor) -> None:
+    """Raise unless a screen has the layout that W_enc's own would have: kernels read it by address.
+
+    Of another matrix of the same shape it makes every row fail its certificate, and slow.
+
+    Raises:
+        ArgumentError: it is no Screen, of an unknown kind, or of a W_enc of another shape.
+        DeviceError: it lies elsewhere.
+    """
+    if screen is None:
+        return
+    if not isinstance(screen, Screen):
+        msg = f"{op}: screen must be a Screen, got {type(screen).__name__}. "
+        msg += "Make it with screen_weights(W_enc)."
+        raise ArgumentError(msg)
+    kind, shadow, stats = screen
+    _check.one_of(op, "screen.kind", kind, KINDS)
+    _check.device(op, W_enc=W_enc, shadow=shadow, stats=stats)
+    (f, d), dtype = W_enc.shape, torch.uint8 if kind == "fp8" else torch.int16
+    fits = (shadow.shape, shadow.dtype) == ((f, stride(d, kind)), dtype)
+    fits = fits and (stats.shape, stats.dtype) == ((f, 4), torch.float32)
+    if not (fits and shadow.is_contiguous() and stats.is_contiguous()):
+        msg = (
+            f"{op}: screen does not belong to W_enc {list(W_enc.shape)}: shadow "
+            f"{list(shadow.shape)}, stats {list(stats.shape)}. "
+            "Make it with screen_weights(W_enc)."
+        )
+        raise ArgumentError(msg)
 
 
 def has_screen(device: torch.device, dtype: torch.dtype) -> bool:

@@ -129,7 +129,7 @@ def threshold_encode(
         raise ArgumentError(msg)
     out = _encode(
         x, W_enc, b_enc, b_dec, threshold, float(bandwidth), capacity, precision,
-        *shared.parts_of(screen), per_row,
+        *shared.parts_of(OP, screen, W_enc), per_row,
     )  # fmt: skip
     return Thresholded(Entries(*out[:3]), Entries(*out[3:6]), out[6])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microtome import _check, _native
 from microtome.ops._registry import Backend, Op, unavailable, why_not_common
-from microtome.ops.screen_weights import KINDS, Screen, stride
+from microtome.ops.screen_weights import KINDS, Screen, check_screen, stride
 
 PRECISIONS = ("exact", "fast", "fp8")
 SIGMAS, REPAIR = 6.0, 4.0  # of `topk_encode_fp8`
@@ -58,7 +58,7 @@ def topk_encode(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the letters, dtypes or devices do not agree.
-        ArgumentError: k or precision is out of its range.
+        ArgumentError: k or precision is out of its range, or the screen is none of such a W_enc.
         NonFiniteError: x, W_enc or b_enc holds NaN or infinity; the message names the rows. On a
             GPU a later call raises it (docs/inside_torch.md).
         BackendError: a demanded backend cannot run these inputs.
@@ -102,8 +102,10 @@ def check(
     tensors = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
     _check.dtype(op, _check.FLOATS, x=x)
     _check.same_dtype(op, **tensors)
-    shadow, stats = (None, None) if screen is None else screen[1:]
+    # A screen has a say in where most bytes are, hence in what to move.
+    shadow, stats = screen[1:] if isinstance(screen, Screen) else (None, None)
     _check.device(op, **tensors, shadow=shadow, stats=stats)
+    check_screen(op, screen, W_enc)
     return sizes
 
 
