@@ -337,7 +337,8 @@ def test_models_that_are_not_read_into_parts_run_as_they_are(forwards):
     )  # fmt: skip
     falls_back(
         forwards,
-        "its weights are bfloat16, and parts are run in float32 or float64",
+        "its weights are bfloat16, and parts are run in float32 or float64 (model.float() converts "
+        "it)",
         HookedModel(families.build("gpt2").bfloat16()), "z", *HEADS[0],
     )  # fmt: skip
 

@@ -252,7 +252,8 @@ def test_parts_that_are_elsewhere_or_in_another_precision_are_not_guessed():
         "its parts were not found where gpt2 keeps them (Other has no attribute `transformer`)"
     )
     assert reason(families.build("llama").bfloat16()) == (
-        "its weights are bfloat16, and parts are run in float32 or float64"
+        "its weights are bfloat16, and parts are run in float32 or float64 (model.float() converts "
+        "it)"
     )
     mixed = families.build("llama")
     mixed.lm_head.double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.models.sites import canonical
-from microtome.patching import logit_difference, sweep
+from microtome.patching import attribute, logit_difference, sweep
 from microtome.testing import families
 from microtome.testing.patching import (
     MetricFunction,
@@ -249,3 +249,16 @@ def test_a_cell_at_padding_writes_nothing_and_is_the_unpatched_run(engine):
     assert found.written.tolist() == [mask.sum(0).tolist()] * 3
     assert torch.equal(found.by_prompt[:, 0], found.corrupted.expand(3, 2))
     assert torch.equal(found.by_prompt[:, 5, 0], found.corrupted[:1].expand(3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_model_is_swept_as_the_plain_one_that_it_keeps():
+    model = families.build("llama")
+    corrupted = families.tokens(1, 5)
+    clean = changed(corrupted, (0, 1))
+    for call in (sweep, attribute):
+        found, wanted = (
+            call(one, clean, corrupted, logit_difference(11, 12), "z", progress=False)
+            for one in (torch.compile(model), model)
+        )
+        assert torch.equal(found.scores, wanted.scores)

@@ -113,6 +113,7 @@ def test_any_writes_together_give_the_naive_numbers(name):
 @pytest.mark.parametrize("engine", ["native", "blocks"])
 def test_padding_is_written_by_no_write(llama, engine):
     cells = Draw("llama", 1).cells(60)
+    cells = [cell for cell in cells if all(w.positions != 0 for w in cell)]  # padding in both
     cells += [[Write("pattern.1", op=op, value=0.5)] for op in ("replace", "add")]
     cells += [[Write(site, op="mean")] for site in ("z.1", "pattern.0", "resid_mid.2")]
 
@@ -326,3 +327,16 @@ def test_writes_of_other_types_are_named(toy):
         assert str(raised.value) == f"Write: {message}"
     with pytest.raises(ArgumentError, match=r"^patch: each cell must be a list of Write, got W"):
         patch(toy, BASE, SOURCE, last_difference, [Write("z.0")])
+
+
+def test_a_write_to_padding_alone_is_an_error_and_no_silent_patch(llama):
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]])
+    metric = logit_difference(11, 12)
+    with pytest.raises(ArgumentError) as raised:
+        patch(llama, BASE, SOURCE, metric, [[Write("z.1", positions=-1)]], attention_mask=mask)
+    assert str(raised.value) == (
+        "patch: the write at 'z.1' changes nothing: position -1 is padding in every prompt. Their "
+        "tokens stand at 1 ... 4."
+    )
+    some = [[Write("z.1", positions=1)]]  # a token of the first prompt
+    assert patch(llama, BASE, SOURCE, metric, some, attention_mask=mask).shape == (1, B)

@@ -108,7 +108,7 @@ def attribute(
         >>> mt.patching.attribute(ToyModel(), clean, corrupted, metric, "z")
         Attribution(z: 4 layers x 4 heads, logit difference)
     """
-    op = "attribute"
+    op, model = "attribute", getattr(model, "_orig_mod", model)  # the plain one of a compiled model
     _check.one_of(op, "direction", direction, ("denoise", "noise"))
     _check.one_of(op, "site", site, tuple(AXES))
     _check.between(op, "steps", steps, 1, 1 << 20)

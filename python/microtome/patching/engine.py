@@ -60,6 +60,7 @@ def engine_for(
             padding and the model takes no mask.
         SiteError: the model has no such site, or no blocks.
     """
+    model = getattr(model, "_orig_mod", model)  # a compiled model keeps the plain one
     _check.one_of(op, "engine", engine, ENGINES)
     _check.one_of(op, "precision", precision, PRECISIONS)
     _check.between(op, "memory", memory, 1 << 20, 1 << 50)

@@ -80,7 +80,8 @@ def patch(
         [cells, b], the numbers `naive_sweep` gives with one forward a cell.
 
     Raises:
-        ArgumentError, ShapeError, SiteError, NonFiniteError: as `sweep` and `Write`.
+        ArgumentError, ShapeError, SiteError, NonFiniteError: as `sweep` and `Write`; or a write
+            lies in padding in every prompt.
 
     Example:
         >>> from microtome.models import ToyModel

@@ -102,6 +102,14 @@ class ListedCells:
         prompt = torch.arange(b).repeat_interleave(len(position))
         at = position.repeat(b)
         counts = (at >= shape.first[prompt]) & (at < shape.stop[prompt])
+        if not bool(counts.any()):
+            first, last = int(shape.first.min()), int(shape.stop.max()) - 1
+            msg = (
+                f"{self.op}: the write at {write.site!r} changes nothing: position "
+                f"{write.positions} is padding in every prompt. Their tokens stand at {first} ... "
+                f"{last}."
+            )
+            raise ArgumentError(msg)
         code = CODES[write.op]
         for lo, hi in _ranges(self.op, write, site, shape):
             n = len(at)

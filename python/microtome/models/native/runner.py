@@ -152,7 +152,8 @@ def _read(
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or dtypes & TOLERANCE.keys() != dtypes:
         has = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-        return f"its weights are {has}, and parts are run in float32 or float64"
+        wants = "parts are run in float32 or float64 (model.float() converts it)"
+        return f"its weights are {has}, and {wants}"
     mask = (torch.arange(tokens.shape[1])[None] >= first.cpu()[:, None]).long()
     hooked = is_hooked(model)
     path = "blocks" if hooked else READERS[kind][0]
