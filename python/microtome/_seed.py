@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from microtome.errors import ArgumentError
+
 _MASK = 0xFFFFFFFF
 Word = TypeVar("Word", int, torch.Tensor)
 
@@ -20,8 +22,19 @@ def generator(seed: int, *stream: str | int, device: torch.device | str = "cpu")
 
     Returns:
         A fresh torch.Generator; the same arguments give the same numbers in every process.
+
+    Raises:
+        ArgumentError: the seed is no number, None for one.
     """
-    key = repr((int(seed), *stream)).encode()
+    try:
+        number = int(seed)
+    except (TypeError, ValueError) as error:
+        msg = (
+            f"{stream[0] if stream else 'generator'}: seed must be a whole number, got {seed!r}. "
+            "Nothing is drawn from a global state; for other numbers pass another seed."
+        )
+        raise ArgumentError(msg) from error
+    key = repr((number, *stream)).encode()
     value = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") & 0x7FFFFFFFFFFFFFFF
     return torch.Generator(device=device).manual_seed(value)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
-from microtome.integrations.captum import FeatureAblation, ShapleyValues, ShapleyValueSampling
+from microtome.integrations.captum import FeatureAblation, Lime, ShapleyValues, ShapleyValueSampling
 
 X = torch.arange(8.0).reshape(2, 4)
 
@@ -56,6 +56,8 @@ def test_a_number_for_the_batch_allows_no_masks_by_example() -> None:
 def test_samples_are_counted_from_one() -> None:
     with pytest.raises(ArgumentError, match=r"n_samples must be a positive integer, got 0"):
         ShapleyValueSampling(total).attribute(X, n_samples=0)
+    with pytest.raises(ArgumentError, match=r"Lime: n_samples must be a positive integer, got 0"):
+        Lime(total).attribute(X, n_samples=0)
 
 
 def test_a_forward_function_that_returns_nan_is_named() -> None:

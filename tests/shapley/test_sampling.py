@@ -92,6 +92,12 @@ def test_a_target_is_positive(name, option, smooth):
 
 
 @both
+def test_a_seed_is_a_number(name, smooth):
+    with pytest.raises(ArgumentError, match=r"seed must be a whole number, got None\. Nothing is"):
+        SAMPLERS[name](*smooth, seed=None)
+
+
+@both
 def test_an_interrupt_keeps_what_there_is(name, smooth):
     f, x, background = smooth
     calls = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microtome._seed import generator
+from microtome.errors import ArgumentError
 from microtome.integrations.captum.game import ForwardGame
 from microtome.integrations.captum.kernel_shap import by_feature, one_output
 from microtome.integrations.captum.linear import Lasso, fit_by_rows
@@ -88,6 +89,9 @@ class Lime(Method):
     def _fit(self, game: ForwardGame, n_samples: int) -> Tensor:
         """[e, p] coefficients."""
         p, e = len(game.players), game.explicands
+        if not isinstance(n_samples, int) or n_samples < 1:
+            msg = f"{type(self).__name__}: n_samples must be a positive integer, got {n_samples!r}."
+            raise ArgumentError(msg)
         if self.perturb_func is None:
             inside = half_samples(p, n_samples, self.seed)
             each = [inside] * e
