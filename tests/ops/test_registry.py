@@ -176,6 +176,26 @@ def test_info_fails_where_a_required_backend_is_missing(monkeypatch: pytest.Monk
     assert mt.info()["cpu"] == "no compiler was found"
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.6.0", "2.4.6", "the interpreter of triton 3.6.0 needs numpy below 2.4, this is 2.4.6"),
+        ("3.6.0", "2.3.5", None),
+        ("3.9.0", "2.5.0rc1", None),
+    ],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_no_backend(
+    triton: str, numpy: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr("importlib.metadata.version", versions.get)
+    monkeypatch.setattr(_registry, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    _registry._interpreter_fails.cache_clear()
+    assert _registry.unavailable("triton") == reason
+    _registry._interpreter_fails.cache_clear()
+
+
 def test_without_the_extension_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "load", lambda: (None, "no compiler was found"))
     code = (torch.tensor([[2.0]]), torch.tensor([[1]]), torch.tensor([[1.0], [3.0]]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,6 +73,19 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # 60 us, at every call of every op
 
 
+@functools.cache
+def _interpreter_fails() -> str | None:
+    """Why Triton's interpreter cannot run beside the numpy that is there, or None."""
+    has = {package: importlib.metadata.version(package) for package in ("triton", "numpy")}
+    number = {package: tuple(map(int, has[package].split(".")[:2])) for package in has}
+    if number["triton"] < (3, 7) and number["numpy"] >= (2, 4):
+        return (
+            f"the interpreter of triton {has['triton']} needs numpy below 2.4, this is "
+            f"{has['numpy']}"
+        )
+    return None
+
+
 def unavailable(name: str) -> str | None:
     """None when a backend exists on this machine, else why not."""
     if name == "cpu":
@@ -81,7 +95,7 @@ def unavailable(name: str) -> str | None:
             if not _has_triton():
                 return "triton is not installed (pip install triton)"
             if os.environ.get("TRITON_INTERPRET") == "1":
-                return None
+                return _interpreter_fails()
         elif _native.why_no_cuda():
             return _native.why_no_cuda()
         elif _native.emulates_cuda():
