@@ -6,11 +6,14 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from microtome._seed import generator
+
+T = TypeVar("T")
 
 
 class RowOrder:
@@ -74,20 +77,20 @@ class RowOrder:
         return self._held[2]
 
 
-class Prefetched(Iterator[Tensor]):
+class Prefetched(Iterator[T], Generic[T]):
     """Endless `make(start), make(start + 1), ...`, computed by a thread up to `ahead` items early.
 
     An exception in the thread is raised by `next`. The thread ends when the iterator is closed or
     collected: it holds no reference to it. With ahead=0 there is no thread.
     """
 
-    def __init__(self, make: Callable[[int], Tensor], start: int, ahead: int) -> None:
+    def __init__(self, make: Callable[[int], T], start: int, ahead: int) -> None:
         self._make, self._next = make, start
         self._error: BaseException | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
         if ahead:
-            self._ready: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
+            self._ready: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
             self._room = threading.Semaphore(ahead)
             stop = threading.Event()
             arguments = (make, start, self._ready, self._room, stop)
@@ -97,10 +100,10 @@ class Prefetched(Iterator[Tensor]):
             self._end = weakref.finalize(self, _end, stop, self._room)
             self._thread.start()
 
-    def __iter__(self) -> Prefetched:
+    def __iter__(self) -> Prefetched[T]:
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> T:
         if self._error is not None:
             raise self._error
         if self._closed:
@@ -124,9 +127,9 @@ class Prefetched(Iterator[Tensor]):
 
 
 def _produce(
-    make: Callable[[int], Tensor],
+    make: Callable[[int], T],
     i: int,
-    ready: queue.SimpleQueue[Tensor | BaseException],
+    ready: queue.SimpleQueue[T | BaseException],
     room: threading.Semaphore,
     stop: threading.Event,
 ) -> None:

@@ -18,6 +18,7 @@ from microtome import __version__
 from microtome.errors import ArgumentError, NonFiniteError
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
+from microtome.sae.feed import Feed
 from microtome.sae.init import start_b_dec_
 from microtome.sae.loss import Losses
 from microtome.sae.ranks import ALONE
@@ -134,6 +135,10 @@ def _check_sae(sae: object, config: object) -> None:
         msg = "train: a sharded SAE is trained by the fused optimizers 'adam', 'adamw', 'sgd' and "
         msg += f"'signsgd', got the callable {name}."
         raise ArgumentError(msg)
+    if isinstance(sae, ShardedSAE) and config.precision != "float32":
+        msg = "train: a sharded SAE is trained with precision='float32', got "
+        msg += f"precision={config.precision!r}. Drop it, or train the SAE on one rank."
+        raise ArgumentError(msg)
 
 
 def _stepper(sae: SAE | ShardedSAE, config: TrainConfig) -> Stepper:
@@ -151,7 +156,8 @@ def _loop(
 ) -> None:
     sae, ranks, total, whole = run.sae, run.ranks, config.total_steps, True
     like = sae.parameters_in_order[0]
-    batches = source.batches(config.batch_size, seed=config.seed, start=run.step)
+    read = source.batches(config.batch_size, seed=config.seed, start=run.step)
+    batches = Feed(read, like.device, like.dtype)
     bar = tqdm(total=total, initial=run.step, desc="train", unit="step", disable=not progress)
     clock, counted = time.perf_counter(), run.step
     with _deferred_interrupt() as interrupted:
@@ -160,7 +166,7 @@ def _loop(
             while run.step < total:
                 step = run.step + 1
                 x = ranks.attempt(
-                    lambda: _moved(next(batches), like),
+                    lambda: next(batches),
                     lambda: like.new_zeros(config.batch_size, sae.d_model),
                 )
                 whole = False
@@ -193,17 +199,7 @@ def _loop(
             raise
         finally:
             bar.close()
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
-
-
-def _moved(x: Tensor, like: Tensor) -> Tensor:
-    """A batch where the SAE is, in its dtype; to a GPU through pinned memory, without waiting."""
-    device, dtype = like.device, like.dtype
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True).to(dtype)
-    return x.to(device, dtype)
+            batches.close()
 
 
 def _take(stepper: Stepper, x: Tensor, config: TrainConfig, step: int) -> Losses:

@@ -284,6 +284,8 @@ def what_does_not_fit_is_refused_by_every_rank(rank, size, folder):
     refuses(ArgumentError, "a sharded SAE is trained by the fused optimizers 'adam', 'adamw', 'sgd'"
             " and 'signsgd', got the callable torch.optim.adam:Adam.",
             lambda: training(ours, None, optimizer=torch.optim.Adam))  # fmt: skip
+    refuses(ArgumentError, "a sharded SAE is trained with precision='float32', got precision='bfl",
+            lambda: training(ours, None, precision="bfloat16"))  # fmt: skip
     refuses(ArgumentError, "ShardedSAE: cannot be moved or cast", lambda: ours.double())
     refuses(ShapeError, "x must be [..., d=12], got shape [3].",
             lambda: ours.encode(rows(0, 1, 3)[0]))  # fmt: skip
