@@ -110,6 +110,9 @@ def pretend(arch: int) -> Recorder:
     torch.cuda.get_device_capability = lambda *_: divmod(arch, 10)
     torch.cuda.is_current_stream_capturing = lambda: False
     triton.runtime.driver.set_active(Driver(arch))
+    # What no kernel writes must still be numbers that a host function may read back.
+    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+    torch.Tensor.new_empty = torch.Tensor.new_zeros
 
     def choose(op: _registry.Op, *args: object) -> _registry.Backend:
         return next((b for b in op.backends if b.name == "triton"), op.backends[-1])
