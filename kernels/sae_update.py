@@ -35,12 +35,13 @@ SCALARS = ["key"]  # changes every step: not to be compiled for
 @triton.jit(do_not_specialize=SCALARS)
 def _encoder_kernel(
     grad_weight, source, flags, offsets, partial, x, W_enc, b_enc, m_W, v_W, m_b, v_b, shadow,
-    stats, copy, centre, fired, touched, verdict,
+    stats, copy, place, extra_W, extra_b, centre, fired, touched, verdict,
     n, f, d, turns, shadow_stride, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    CENTER: tl.constexpr, SHADOW: tl.constexpr, COPY: tl.constexpr, FLIGHT: tl.constexpr,
-    CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    CENTER: tl.constexpr, SHADOW: tl.constexpr, COPY: tl.constexpr, EXTRA: tl.constexpr,
+    FLIGHT: tl.constexpr, CHUNK: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if tl.load(verdict) != 0.0:  # NaN: an input is wrong, and nothing may be written
@@ -64,6 +65,11 @@ def _encoder_kernel(
         db = tl.zeros((BL,), tl.float32)
         positive = tl.zeros((BL,), tl.int32)
         nonzero = tl.zeros((BL,), tl.int32)
+        put = row
+        if EXTRA:
+            put = tl.load(place + row, mask=live, other=-1)
+            db += tl.load(extra_b + put, mask=put >= 0, other=0.0)
+            nonzero += (put >= 0).to(tl.int32)
         for first in range(0, longest, BE):
             entry = begin[:, None] + first + tl.arange(0, BE)[None, :]
             inside = entry < end[:, None]
@@ -75,13 +81,13 @@ def _encoder_kernel(
         if ROWSPARSE:
             tl.store(touched + row, nonzero, mask=live)
             change = live & (nonzero > 0)
-            some = longest > 0
+            some = tl.max(nonzero, 0) > 0 or longest > 0
         else:
             change = live
             some = True
         if some:
-            g, g_ = gradient(partial, grad_weight, source, x, x, begin, end, n, d, 1, FLIGHT, CHUNK,
-                             BL, BD, BT)  # fmt: skip
+            g, g_ = gradient(partial, grad_weight, source, x, x, begin, end, extra_W, put, n, d, 1,
+                             EXTRA, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
             at, mask = rows_at(W_enc, row, change, d, d, 0, BD)
             p = tl.load(at, mask=mask, other=0.0)
             if CENTER:
@@ -133,11 +139,12 @@ def _encoder_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _decoder_kernel(
-    weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, copy, touched,
-    verdict, n, f, d, turns, row_bytes, key,
+    weight, source, offsets, partial, grad_out, aux_grad_out, W_dec, m_W, v_W, copy, place,
+    extra_W, touched, verdict, n, f, d, turns, row_bytes, key,
     lr, beta1, rest1, beta2, rest2, eps, decay, shrink, correction,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, ROWSPARSE: tl.constexpr,
-    PROJECT: tl.constexpr, RENORM: tl.constexpr, COPY: tl.constexpr, TABLES: tl.constexpr,
+    PROJECT: tl.constexpr, RENORM: tl.constexpr, COPY: tl.constexpr, EXTRA: tl.constexpr,
+    TABLES: tl.constexpr,
     FLIGHT: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +164,11 @@ def _decoder_kernel(
         else:
             some = True
         if some:
-            g, g_ = gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, n, d,
-                             TABLES, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
+            put = row
+            if EXTRA:
+                put = tl.load(place + row, mask=live, other=-1)
+            g, g_ = gradient(partial, weight, source, grad_out, aux_grad_out, begin, end, extra_W,
+                             put, n, d, TABLES, EXTRA, FLIGHT, CHUNK, BL, BD, BT)  # fmt: skip
             at, mask = rows_at(W_dec, row, live, d, d, 0, BD)
             p = tl.load(at, mask=mask, other=0.0)
             if BT > 0:
@@ -282,6 +292,8 @@ def launch(
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
+    extra_place: Tensor | None, extra_W_enc: Tensor | None, extra_b_enc: Tensor | None,
+    extra_W_dec: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int,
     rowsparse: bool, project: bool, renorm: bool, center: bool, verdict: Tensor | None = None,
@@ -320,6 +332,11 @@ def launch(
     enc_copy, dec_copy = (
         b_enc if t is None else t.view(torch.int16) for t in (W_enc_bf16, W_dec_bf16)
     )
+    place, extra_W, extra_b, extra_D = (
+        b_enc if t is None else t.contiguous()
+        for t in (extra_place, extra_W_enc, extra_b_enc, extra_W_dec)
+    )
+    given = {"EXTRA": extra_place is not None}
     tiles = {
         "FLIGHT": g.FLIGHT,
         "CHUNK": CHUNK,
@@ -344,18 +361,19 @@ def launch(
             e.grad_weight, e.source, e.flags, e.segments.offsets, enc_partial, x,
             W_enc, b_enc, m_W, v_W, m_b, v_b, shadow if refresh else b_enc,
             stats if refresh else b_enc, enc_copy,
-            centre, fired, touched, verdict,
+            place, extra_W, extra_b, centre, fired, touched, verdict,
             n, f, d, g.turns, shadow.stride(0) if refresh and shadow is not None else d, row_bytes,
             _signed(step_key(step, 0)), *rule, decay, shrink, correction, **kinds, **state,
             ROWSPARSE=rowsparse, CENTER=center, SHADOW=refresh, COPY=W_enc_bf16 is not None, BE=32,
-            **tiles, **options,
+            **given, **tiles, **options,
         )  # fmt: skip
         _decoder_kernel[(g.programs,)](
             e.weight, e.source, e.segments.offsets, dec_partial, grad_out, other, W_dec, m_D, v_D,
-            dec_copy, touched, verdict, n, f, d, g.turns, row_bytes, _signed(step_key(step, 2)),
+            dec_copy, place, extra_D, touched, verdict, n, f, d, g.turns, row_bytes,
+            _signed(step_key(step, 2)),
             *rule, decay, shrink, correction, **kinds, **state, ROWSPARSE=rowsparse,
             PROJECT=project, RENORM=renorm, COPY=W_dec_bf16 is not None,
-            TABLES=1 if other is grad_out else 2, **tiles, **options,
+            TABLES=1 if other is grad_out else 2, **given, **tiles, **options,
         )  # fmt: skip
         _bias_kernel[(triton.cdiv(d, 32),)](
             b_dec, base, centre, m_d, v_d, verdict, d, len(centre), scale, *rule, correction,

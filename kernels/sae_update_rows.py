@@ -15,11 +15,11 @@ from microtome.kernels.segments import add_entries, add_partials, add_wide_entri
 
 @triton.jit
 def gradient(
-    partial, weight, source, table, aux, begin, end, n, d,
-    TABLES: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
+    partial, weight, source, table, aux, begin, end, extra, put, n, d,
+    TABLES: tl.constexpr, EXTRA: tl.constexpr, FLIGHT: tl.constexpr, CHUNK: tl.constexpr,
     BL: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each latent's entries, [BL, BD] and [BL, BT]."""
+    """The sum of each latent's entries, [BL, BD] and [BL, BT], and of its row of `extra`."""
     column = tl.arange(0, BD)
     acc = tl.zeros((BL, BD), tl.float32)
     acc, rest = add_partials(acc, partial, begin, end, column, d, CHUNK)
@@ -34,6 +34,10 @@ def gradient(
     if BT > 0 and not TOGETHER:
         tail = add_entries(tail, weight, source, table, aux, rest, end, beyond, n, d, TABLES,
                            FLIGHT)  # fmt: skip
+    if EXTRA:
+        acc += extra_rows(extra, put, d, 0, BD)
+        if BT > 0:
+            tail += extra_rows(extra, put, d, BD, BT)
     return acc, tail
 
 
@@ -42,6 +46,13 @@ def rows_at(at, row, live, d, width, START: tl.constexpr, BD: tl.constexpr):
     """Pointers to rows [BL] of `width` numbers, and the mask of the first d, from column START."""
     column = columns(START, BD)
     return at + row[:, None] * width + column[None, :], live[:, None] & (column < d)[None, :]
+
+
+@triton.jit
+def extra_rows(extra, put, d, START: tl.constexpr, BD: tl.constexpr):
+    """Rows `put` [BL] of the extra gradients from column START, zero where put is -1."""
+    at, mask = rows_at(extra, put.to(tl.int64), put >= 0, d, d, START, BD)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -154,9 +154,10 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
                    double aux_scale, uintptr_t x, uintptr_t W_enc, uintptr_t b_enc, uintptr_t W_dec, uintptr_t b_dec,
                    uintptr_t m_W_enc, uintptr_t v_W_enc, uintptr_t m_b_enc, uintptr_t v_b_enc, uintptr_t m_W_dec,
                    uintptr_t v_W_dec, uintptr_t m_b_dec, uintptr_t v_b_dec, int kind, int64_t stride, uintptr_t shadow,
-                   uintptr_t stats, uintptr_t W_enc_bf16, uintptr_t W_dec_bf16, const char* optimizer, double lr,
-                   double beta1, double beta2, double eps, double weight_decay, int64_t step, bool rowsparse,
-                   bool project, bool renorm, bool center, uintptr_t fired, const char* isa, int threads) {
+                   uintptr_t stats, uintptr_t W_enc_bf16, uintptr_t W_dec_bf16, uintptr_t place, uintptr_t extra_enc,
+                   uintptr_t extra_bias, uintptr_t extra_dec, const char* optimizer, double lr, double beta1,
+                   double beta2, double eps, double weight_decay, int64_t step, bool rowsparse, bool project,
+                   bool renorm, bool center, uintptr_t fired, const char* isa, int threads) {
     const SaeUpdateKernels& kernels = kernels_for(isa);
     const Source sources[2] = {
         {k, 0, indices, index_bytes, at<const float>(values), at<const float>(grad_values), static_cast<float>(scale)},
@@ -194,6 +195,10 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
     pass.stats = at<float>(stats);
     pass.W_enc_bf16 = at<bf16>(W_enc_bf16);
     pass.W_dec_bf16 = at<bf16>(W_dec_bf16);
+    pass.place = at<const int32_t>(place);
+    pass.extra_enc = at<const float>(extra_enc);
+    pass.extra_bias = at<const float>(extra_bias);
+    pass.extra_dec = at<const float>(extra_dec);
     pass.weights = fold_step(optimizer, lr, beta1, beta2, eps, weight_decay, step);
     pass.biases = fold_step(optimizer, lr, beta1, beta2, eps, 0.0, step);
     pass.rowsparse = rowsparse;

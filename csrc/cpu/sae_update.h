@@ -46,6 +46,8 @@ struct Pass {
     const float* partials;   // [., 2, d]
     float *W_enc, *b_enc, *W_dec;
     Moments enc, bias, dec;
+    const int32_t* place;  // [f]: which row of the extra gradients is a latent's, or -1; null without any
+    const float *extra_enc, *extra_bias, *extra_dec;
     float* db_enc;  // [f]
     int kind;       // of the shadow, or -1
     int64_t stride;
@@ -78,8 +80,9 @@ int64_t sae_update(int64_t n, int64_t d, int64_t f, int64_t k, uintptr_t indices
                    double aux_scale, uintptr_t x, uintptr_t W_enc, uintptr_t b_enc, uintptr_t W_dec, uintptr_t b_dec,
                    uintptr_t m_W_enc, uintptr_t v_W_enc, uintptr_t m_b_enc, uintptr_t v_b_enc, uintptr_t m_W_dec,
                    uintptr_t v_W_dec, uintptr_t m_b_dec, uintptr_t v_b_dec, int kind, int64_t stride, uintptr_t shadow,
-                   uintptr_t stats, uintptr_t W_enc_bf16, uintptr_t W_dec_bf16, const char* optimizer, double lr,
-                   double beta1, double beta2, double eps, double weight_decay, int64_t step, bool rowsparse,
-                   bool project, bool renorm, bool center, uintptr_t fired, const char* isa, int threads);
+                   uintptr_t stats, uintptr_t W_enc_bf16, uintptr_t W_dec_bf16, uintptr_t place, uintptr_t extra_enc,
+                   uintptr_t extra_bias, uintptr_t extra_dec, const char* optimizer, double lr, double beta1,
+                   double beta2, double eps, double weight_decay, int64_t step, bool rowsparse, bool project,
+                   bool renorm, bool center, uintptr_t fired, const char* isa, int threads);
 
 }  // namespace microtome::cpu

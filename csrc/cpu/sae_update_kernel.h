@@ -146,7 +146,10 @@ void sum_rows(const float* rows, int64_t count, int64_t d, float* out) {
     for (int64_t i = 0; i < count; ++i) add_row(rows + i * d, d, out);
 }
 
-// The two weight gradients of feature g.
+// The row of the extra gradients that is feature g's, or -1.
+inline int64_t row_of(const Pass& a, int64_t g) { return a.place ? a.place[g] : -1; }
+
+// The two weight gradients of feature g, from its entries.
 inline void sum_segment(const Pass& a, int64_t g, float* dec, float* enc) {
     const int64_t begin = a.offsets[g], count = a.offsets[g + 1] - begin;
     if (count <= kChunk) return sum_entries(a, a.entries + begin, count, dec, enc);
@@ -244,7 +247,7 @@ void update_decoder_row(const Pass& a, const R& rule, int64_t g, const float* gr
     float* row = a.W_dec + g * a.d;
     const Moments state = at(a.dec, g * a.d);
     float along = 0.0f;
-    if (a.project && a.offsets[g + 1] > a.offsets[g]) {
+    if (a.project && (a.offsets[g + 1] > a.offsets[g] || row_of(a, g) >= 0)) {
         const float square = dot(row, row, a.d);
         along = -dot(grad, row, a.d) / (square > 1e-30f ? square : 1e-30f);
     }
@@ -279,8 +282,9 @@ int64_t update_features_with(const Pass& a, int64_t begin, int64_t end, float* e
     int64_t bad = -1;
     for (int64_t g = begin; g < end; ++g) {
         const int64_t from = a.offsets[g], to = a.offsets[g + 1];
-        double db = 0;
-        bool touched = false;
+        const int64_t extra = row_of(a, g);
+        double db = extra < 0 ? 0 : a.extra_bias[extra];
+        bool touched = extra >= 0;
         for (int64_t e = from; e < to; ++e) {
             db += a.entries[e].grad;
             touched |= a.entries[e].value != 0.0f;
@@ -291,6 +295,10 @@ int64_t update_features_with(const Pass& a, int64_t begin, int64_t end, float* e
             continue;
         }
         sum_segment(a, g, dec, enc);
+        if (extra >= 0) {
+            add_row(a.extra_dec + extra * a.d, a.d, dec);
+            add_row(a.extra_enc + extra * a.d, a.d, enc);
+        }
         const bool last = g + 1 == end;
         update_encoder_row(a, rule, g, a.db_enc[g], enc, encoder_part, ahead_of_encoder(a, g, last));
         if (a.W_enc_bf16) copy_row(a.W_enc + g * a.d, a.d, a.W_enc_bf16 + g * a.d);

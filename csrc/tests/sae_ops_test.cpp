@@ -120,8 +120,8 @@ Trained update(const Problem& p, Isa isa, int threads, const char* optimizer, in
             p.n, p.d, p.f, p.k, address(p.indices), 4, address(p.values), address(o.loss_grad_values),
             address(o.grad_out), 0.01, 0, 0, 4, 0, 0, 0, 0.0, address(p.x), address(t.W_enc), address(t.b_enc),
             address(t.W_dec), address(t.b_dec), m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], kind, stride,
-            address(t.shadow), address(t.stats), address(t.copies[0]), address(t.copies[1]), optimizer, 1e-3, 0.9,
-            0.999, 1e-8, 0.01, step, false, true, true, true, address(t.fired), isa_name(isa), threads);
+            address(t.shadow), address(t.stats), address(t.copies[0]), address(t.copies[1]), 0, 0, 0, 0, optimizer,
+            1e-3, 0.9, 0.999, 1e-8, 0.01, step, false, true, true, true, address(t.fired), isa_name(isa), threads);
         CHECK(bad == -1);
     }
     std::vector<int16_t> shadow(t.shadow.size());

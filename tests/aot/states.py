@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aot.case import Case, types
 from microtome.kernels import sae_update, sae_update_entries, segments
 
@@ -47,9 +49,10 @@ def cases() -> dict[str, Case]:
         tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
         options = {**sae_update.OPTIONS, "num_warps": g.warps}
         for state in states:
-            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse, "COPY": False}
+            both = {**ADAM, **tiles, "STATE": state, "ROWSPARSE": rowsparse, "COPY": False,
+                    "EXTRA": False}  # fmt: skip
             pointers = {**types(STORED[state], "m_W v_W"), "flags": "i8", "shadow": "i16",
-                        "fired": "i32"}  # fmt: skip
+                        "fired": "i32", "place": "i32"}  # fmt: skip
             out[f"sae_update.encoder.{d}.{state}"] = Case(
                 sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": True, "BE": 32},
                 pointers, options, SCALARS, narrow=MIXED,
@@ -59,7 +62,16 @@ def cases() -> dict[str, Case]:
                 {**both, "PROJECT": True, "RENORM": True, "TABLES": 1 + rowsparse},
                 pointers, options, SCALARS, narrow=MIXED,
             )  # fmt: skip
-    return {**out, **narrow_rows()}
+    return {**out, **narrow_rows(), **extra_rows(out)}
+
+
+def extra_rows(plain: dict[str, Case]) -> dict[str, Case]:
+    """Some of them where AuxK's gradients come as rows."""
+    return {
+        f"{name}.extra": replace(plain[name], constants={**plain[name].constants, "EXTRA": True})
+        for half in ("encoder", "decoder")
+        for name in (f"sae_update.{half}.{d}" for d in ("768.float32", "2304.float32", "2304.int8"))
+    }
 
 
 def narrow_rows() -> dict[str, Case]:
@@ -80,8 +92,9 @@ def narrow_rows() -> dict[str, Case]:
         g = sae_update.geometry(f, d, False)
         tiles = {"FLIGHT": g.FLIGHT, "CHUNK": segments.CHUNK, "BL": g.BL, "BD": g.BD, "BT": g.BT}
         options = {**sae_update.OPTIONS, "num_warps": g.warps}
-        both = {**ADAM, **tiles, "STATE": "float32", "ROWSPARSE": False, "COPY": True}
-        pointers = {**rows, "flags": "i8", "fired": "i32", "copy": "i16"}
+        both = {**ADAM, **tiles, "STATE": "float32", "ROWSPARSE": False, "COPY": True,
+                "EXTRA": False}  # fmt: skip
+        pointers = {**rows, "flags": "i8", "fired": "i32", "copy": "i16", "place": "i32"}
         out[f"sae_update.encoder.{d}.mixed"] = Case(
             sae_update._encoder_kernel, {**both, "CENTER": True, "SHADOW": False, "BE": 32},
             pointers, options, SCALARS, narrow=MIXED,

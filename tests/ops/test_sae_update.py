@@ -390,9 +390,12 @@ def test_opcheck(backend: str) -> None:
         for c in (p.code, p.aux)
         if c is not None
     ]
+    place = torch.arange(-1, len(p.params[1]) - 1, dtype=torch.int32)
+    extra = () if backend == "cuda" else (place, *(0.1 * w for w in p.params[:3]))
+    extra = extra or (None,) * 4  # which CUDA C++ does not take
     arguments = (
         *codes[0], *codes[1], p.x, *p.params, *p.moments, *screen,
-        *(p.params[i].bfloat16() for i in (0, 2)),
+        *(p.params[i].bfloat16() for i in (0, 2)), *extra,
         "sgd", 0.1, 0.9, 0.999, 1e-8, 0.0, 1, False, True, True, True,
     )  # fmt: skip
     with use_backend(backend):

@@ -213,7 +213,7 @@ def test_opcheck(state: str) -> None:
     entries = (torch.tensor([[0], [3]]), *(torch.ones(2, w) for w in (1, 1, 20)), 0.5)
     arguments = (
         *entries, None, None, None, None, 0.0, torch.ones(2, 20), *params,
-        *moments_for(params, rule, state), "", None, None, None, None,
+        *moments_for(params, rule, state), "", *(None,) * 8,
         "adam", 0.1, 0.9, 0.999, 1e-8, 0.0, 1, False, True, True, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.microtome.sae_update.default, arguments)

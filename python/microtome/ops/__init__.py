@@ -30,7 +30,7 @@ from microtome.ops.packed_linear import packed_linear
 from microtome.ops.patch_rows import ADD, REPLACE, SCALE, ZERO, patch_rows
 from microtome.ops.random_ranks import random_ranks
 from microtome.ops.sae_loss import sae_loss
-from microtome.ops.sae_update import Code, UpdateRule, moments_for, sae_update
+from microtome.ops.sae_update import Code, RowGradients, UpdateRule, moments_for, sae_update
 from microtome.ops.screen_weights import Screen, screen_weights
 from microtome.ops.shapley_reduce import shapley_reduce
 from microtome.ops.solu import solu
@@ -56,6 +56,7 @@ __all__ = [
     "ZERO",
     "Code",
     "Entries",
+    "RowGradients",
     "Screen",
     "UpdateRule",
     "attribution_scores",

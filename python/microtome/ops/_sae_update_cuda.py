@@ -19,6 +19,8 @@ def why_not(*args: object) -> str | None:
     indices, aux_indices, x, W_enc = args[0], args[5], args[10], args[11]
     if reason or not isinstance(x, Tensor) or not isinstance(W_enc, Tensor):
         return reason
+    if args[28] is not None:
+        return "gradients of rows"
     if args[24] is not None and args[23] != "bf16":
         return f"screen kind {args[23]!r} (refreshes 'bf16')"
     (n, d), f = x.shape, W_enc.shape[0]
@@ -42,6 +44,8 @@ def update(
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
+    extra_place: Tensor | None, extra_W_enc: Tensor | None, extra_b_enc: Tensor | None,
+    extra_W_dec: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,

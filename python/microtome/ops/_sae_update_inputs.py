@@ -76,6 +76,28 @@ class Code:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of some latents' rows, formed elsewhere, which `sae_update` adds to its own.
+
+    Attributes:
+        place: [f] int32: which of the m rows below is a latent's, each in [0, m); -1 for none.
+        W_enc: [m, d], dtype of the parameters, as the two others.
+        b_enc: [m].
+        W_dec: [m, d].
+    """
+
+    place: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four, in the order of the op."""
+        return self.place, self.W_enc, self.b_enc, self.W_dec
+
+
 def moments_for(
     params: Params, rule: UpdateRule, state: str = "float32", *, meta: bool = False
 ) -> list[Tensor | None]:
@@ -106,7 +128,9 @@ def moments_for(
     ]
 
 
-def check_shapes(code: Code, x: Tensor, params: Params, aux: Code | None) -> dict[str, int]:
+def check_shapes(
+    code: Code, x: Tensor, params: Params, aux: Code | None, extra: RowGradients | None
+) -> dict[str, int]:
     tensors = {
         "x": (x, "n d"),
         **{
@@ -122,11 +146,21 @@ def check_shapes(code: Code, x: Tensor, params: Params, aux: Code | None) -> dic
                 f"{prefix}grad_values": (c.grad_values, f"n {k}"),
                 f"{prefix}grad_out": (c.grad_out, "n d"),
             }
+    if extra is not None:
+        names, shapes = [f"extra_{name}" for name in _NAMES[:3]], ("m d", "m", "m d")
+        tensors["extra_place"] = (extra.place, "f")
+        tensors |= {n: (t, s) for n, t, s in zip(names, extra.tensors[1:], shapes, strict=True)}
     return _check.shapes("sae_update", **tensors)
 
 
-def check_types(code: Code, x: Tensor, params: Params, aux: Code | None) -> None:
+def check_types(
+    code: Code, x: Tensor, params: Params, aux: Code | None, extra: RowGradients | None
+) -> None:
     op, weights = "sae_update", dict(zip(_NAMES, params, strict=True))
+    if extra is not None:
+        weights |= {f"extra_{name}": t for name, t in zip(_NAMES, extra.tensors[1:], strict=False)}
+        _check.dtype(op, (torch.int32,), extra_place=extra.place)
+        _check.device(op, x=x, extra_place=extra.place)
     rows, indices = {"x": x}, {"indices": code.indices}
     for prefix, c in (("", code), ("aux_", aux)):
         if c is not None:
@@ -267,14 +301,14 @@ def why_not(backend: str, args: Sequence[object], *, every_state: bool = False) 
 
 
 def check_contents(
-    code: Code, x: Tensor, aux: Code | None, f: int
-) -> tuple[Code, Code | None, Tensor | None]:
+    code: Code, x: Tensor, aux: Code | None, extra: RowGradients | None, f: int
+) -> tuple[Code, Code | None, RowGradients | None, Tensor | None]:
     """Indices in range and numbers finite: one NaN here would spread over every parameter.
 
     Returns:
-        The codes, and None. On a GPU nothing waits for the answer: the codes have their indices
-        clamped into the range, and with them comes a verdict [1] float32 on the device, 0 or NaN,
-        under which nothing may be written; a later call raises.
+        The codes, the rows, and None. On a GPU nothing waits for the answer: indices and places
+        are clamped into their range, and with them comes a verdict [1] float32 on the device, 0 or
+        NaN, under which nothing may be written; a later call raises.
     """
     op = "sae_update"
     look = Look(op, x.device)
@@ -292,7 +326,13 @@ def check_contents(
         seen.append(c)
     checked, aux = seen
     assert checked is not None
-    return checked, aux, look.submit()
+    if extra is not None:
+        m = len(extra.b_enc)
+        place = look.indices("extra_place + 1", extra.place + 1, m + 1, "m + 1") - 1
+        extra = replace(extra, place=place)
+        for name, t in zip(_NAMES, extra.tensors[1:], strict=False):
+            look.finite(f"extra_{name}", t)
+    return checked, aux, extra, look.submit()
 
 
 def refused(verdict: Tensor | None) -> bool:

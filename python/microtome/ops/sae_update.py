@@ -11,10 +11,25 @@ from microtome.ops import _sae_update_cuda
 from microtome.ops import _sae_update_inputs as inputs
 from microtome.ops import _sae_update_states as states
 from microtome.ops._registry import Backend, Op
-from microtome.ops._sae_update_inputs import OPTIMIZERS, Code, Params, UpdateRule, moments_for
+from microtome.ops._sae_update_inputs import (
+    OPTIMIZERS,
+    Code,
+    Params,
+    RowGradients,
+    UpdateRule,
+    moments_for,
+)
 from microtome.ops.screen_weights import KINDS, Screen
 
-__all__ = ["OPTIMIZERS", "Code", "UpdateRule", "apply_rule", "moments_for", "sae_update"]
+__all__ = [
+    "OPTIMIZERS",
+    "Code",
+    "RowGradients",
+    "UpdateRule",
+    "apply_rule",
+    "moments_for",
+    "sae_update",
+]
 
 
 def sae_update(
@@ -26,6 +41,7 @@ def sae_update(
     step: int,
     *,
     aux: Code | None = None,
+    extra: RowGradients | None = None,
     center: bool = True,
     screen: Screen | None = None,
     copies: tuple[Tensor, Tensor] | None = None,
@@ -39,7 +55,8 @@ def sae_update(
         dW_dec[g] -= <dW_dec[g], W_dec[g]> / |W_dec[g]|^2 * W_dec[g]     (project)
         p = rule(p, dp);  W_dec[g] /= |W_dec[g]|                           (renorm)
 
-    Entries of the aux code are added to the same sums, save that its grad_out does not reach b_dec.
+    Entries of the aux code are added to the same sums, save that its grad_out does not reach b_dec;
+    so are the rows of `extra`, whose latents count as touched.
 
     Args:
         code: the main code; shapes n, k.
@@ -53,6 +70,8 @@ def sae_update(
         rule: the optimizer.
         step: 1 for the first step (Adam's bias correction).
         aux: a second code of the same rows (AuxK for dead latents), or None.
+        extra: gradients of some latents' rows that products have formed (AuxK where few latents
+            are dead), or None.
         center: the encoder's input was x - b_dec, so b_dec's gradient has an encoder part.
         screen: the encoder's shadow, refreshed in the same pass, or None.
         copies: W_enc.bfloat16() and W_dec.bfloat16() [f, d], refreshed in the same pass, or None:
@@ -79,13 +98,13 @@ def sae_update(
     Source: Kingma & Ba 2015, arXiv:1412.6980; Gao et al. 2024, arXiv:2406.04093; Dettmers et al.
     2022, arXiv:2110.02861 (8-bit states).
     """
-    sizes = inputs.check_shapes(code, x, params, aux)
-    inputs.check_types(code, x, params, aux)
+    sizes = inputs.check_shapes(code, x, params, aux, extra)
+    inputs.check_types(code, x, params, aux, extra)
     inputs.check_rule(rule, step)
     inputs.check_state(params, moments, rule, screen, copies)
     verdict = None
     if not torch.compiler.is_compiling():
-        code, aux, verdict = inputs.check_contents(code, x, aux, sizes["f"])
+        code, aux, extra, verdict = inputs.check_contents(code, x, aux, extra, sizes["f"])
     fired: Tensor = _update(
         code.indices, code.values, code.grad_values, code.grad_out, code.scale,
         *((aux.indices, aux.values, aux.grad_values, aux.grad_out, aux.scale)
@@ -93,6 +112,7 @@ def sae_update(
         x, *params, *moments,
         *((screen.kind, screen.shadow, screen.stats) if screen else ("", None, None)),
         *(copies or (None, None)),
+        *(extra.tensors if extra else (None,) * 4),
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, step,
         rule.rowsparse, rule.project, rule.renorm, center, verdict,
     )  # fmt: skip
@@ -135,6 +155,8 @@ def sae_update_reference(
     m_W_dec: Tensor | None, v_W_dec: Tensor | None, m_b_dec: Tensor | None, v_b_dec: Tensor | None,
     kind: str, shadow: Tensor | None, stats: Tensor | None,
     W_enc_bf16: Tensor | None, W_dec_bf16: Tensor | None,
+    extra_place: Tensor | None, extra_W_enc: Tensor | None, extra_b_enc: Tensor | None,
+    extra_W_dec: Tensor | None,
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     step: int, rowsparse: bool, project: bool, renorm: bool, center: bool,
     verdict: Tensor | None = None,
@@ -168,6 +190,12 @@ def sae_update_reference(
             dW_enc.index_add_(0, column, (s * grad_val[:, j, None]) * x)
             db_enc.index_add_(0, column, s * grad_val[:, j])
         touched[idx.flatten().long()[(val != 0).flatten()]] = True
+    if extra_place is not None:
+        given = extra_place >= 0
+        touched |= given
+        for total, part in ((dW_enc, extra_W_enc), (db_enc, extra_b_enc), (dW_dec, extra_W_dec)):
+            assert part is not None
+            total[given] += part[extra_place[given].long()]
     db_dec = scale * grad_out.sum(0)
     if center:
         db_dec = db_dec - db_enc @ W_enc
@@ -231,7 +259,7 @@ def sae_update_cpu(
 ) -> Tensor:  # fmt: skip
     """One pass in C++, csrc/cpu/sae_update.cpp."""
     # After these comes the verdict: none on a CPU, where everything was looked at before.
-    moments, (kind, shadow, stats, *copies), rule = rest[:8], rest[8:13], rest[13:24]
+    moments, (kind, shadow, stats, *others), rule = rest[:8], rest[8:17], rest[17:28]
     n, k = indices.shape
     f, d = W_enc.shape
     fired = torch.empty(f, dtype=torch.int32)
@@ -258,7 +286,7 @@ def sae_update_cpu(
         *map(address, (widened(x), W_enc, b_enc, W_dec, b_dec, *moments)),
         KINDS.index(kind) if isinstance(shadow, Tensor) else -1,
         shadow.shape[1] if isinstance(shadow, Tensor) else 0, address(shadow), address(stats),
-        *map(address, copies), *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
+        *map(address, others), *rule, fired.data_ptr(), _native.forced_isa(), _native.threads(),
     )  # fmt: skip
     if bad >= 0:
         _check.rows("sae_update", "W_enc", (~torch.isfinite(W_enc)).any(-1).nonzero().flatten())
