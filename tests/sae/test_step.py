@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from microtome import SAE, TopK, TrainConfig, _check
+from microtome import SAE, TopK, TrainConfig, _check, _pending
 from microtome.errors import NonFiniteError
 from microtome.ops import _sae_update_inputs
+from microtome.sae import step as step_module
 from microtome.sae.loss import dead_set, total_variance
 from microtome.sae.step import FusedStep
 from microtome.sae.unfused import UnfusedStep
@@ -239,18 +240,44 @@ class Readings(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("n_dead", "expected"), [(0, []), (3, ["_local_scalar_dense"])])
-def test_a_fused_step_reads_a_gpu_once_and_once_more_for_auxk(monkeypatch, n_dead, expected):
+@pytest.mark.parametrize("by_products", [True, False])
+@pytest.mark.parametrize("n_dead", [0, 3])
+def test_a_fused_step_waits_for_nothing_but_what_was_known_when_it_began(
+    monkeypatch, gpu, n_dead, by_products
+):
+    monkeypatch.setattr(step_module, "worthwhile", lambda *_: by_products)
+    sae, x = make(True, torch.float32), rows(torch.float32)
+    expected = FusedStep(make(True, torch.float32), TrainConfig(steps=2))
+    step = FusedStep(sae, TrainConfig(steps=2))
+    for one in (step, expected):
+        one.since_fired[:n_dead] = one.config.dead_after_tokens
+    # What the ops themselves look at has tests of its own.
+    monkeypatch.setattr(_check, "readable", lambda tensor: False)
+    monkeypatch.setattr(
+        _sae_update_inputs, "check_contents", lambda c, x, aux, extra, f: (c, aux, extra, None)
+    )
+    with Readings() as readings:
+        losses = step.take(x, 1.0, 1)
+    assert readings.seen == []
+    waited = [event.waited for event in gpu.events]
+    assert sum(waited) == 1
+    assert waited[-1] == 0  # the losses
+    assert losses.l0 > 0  # waits
+    assert sum(event.waited for event in gpu.events) == 2
+    monkeypatch.setattr(_pending, "gpu", _pending.Gpu())
+    at_once = expected.take(x, 1.0, 1)
+    assert (losses.fvu, losses.auxk, losses.loss, losses.l0) == (
+        at_once.fvu, at_once.auxk, at_once.loss, at_once.l0
+    )  # fmt: skip
+    assert (losses.auxk > 0) == (n_dead > 0)
+
+
+def test_a_loss_that_overflowed_on_a_gpu_is_raised_by_the_next_step(gpu):
     sae, x = make(True, torch.float32), rows(torch.float32)
     step = FusedStep(sae, TrainConfig(steps=2))
-    step.since_fired[:n_dead] = step.config.dead_after_tokens
-    # What is checked at once on a CPU only.
-    monkeypatch.setattr(_check, "readable", lambda tensor: False)
-    monkeypatch.setattr(_sae_update_inputs, "check_contents", lambda c, x, aux, f: (c, aux, None))
-    lists = []
-    tolist = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda t: (lists.append(t), tolist(t))[1])
-    with Readings() as readings:
-        step.take(x, 1.0, 1)
-    assert readings.seen == expected
-    assert len(lists) == 1
+    losses = step.take(x * 1e25, 1.0, 1)
+    with pytest.raises(NonFiniteError, match="the squared error overflows in row 0") as raised:
+        step.take(x, 1.0, 2)
+    assert raised.value.late
+    with pytest.raises(NonFiniteError, match="the loss is"):
+        losses.loss  # noqa: B018

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microtome._reading import Reading
 from microtome.errors import NonFiniteError
 from microtome.ops import synchronize
 from microtome.sae.config import TrainConfig
@@ -36,6 +37,69 @@ class Losses:
     def dead_fraction(self) -> float:
         """Dead latents, of all. Reads them only now: on a GPU that waits for the step to end."""
         return int(self.dead.sum()) / len(self.dead)
+
+
+class LateLosses(Losses):
+    """`Losses` of a step that a GPU may still be taking: it is waited for where one is first read.
+
+    Args:
+        sums: squared error, values above zero, and AuxK's squared error.
+        scale: of the squared errors.
+        weight: of AuxK.
+        sse: squared errors of the rows, to name one that overflowed.
+        aux_sse: the same of AuxK.
+        dead: as in `Losses`; `lr` too.
+
+    Raises:
+        NonFiniteError: by the first number read, if the loss overflowed; `late` on a GPU, where
+            the step has been taken.
+    """
+
+    sums: Reading
+    scale: float
+    weight: float
+    sse: Tensor
+    aux_sse: Tensor
+
+    def __init__(
+        self,
+        sums: Reading,
+        scale: float,
+        weight: float,
+        sse: Tensor,
+        aux_sse: Tensor,
+        dead: Tensor,
+        lr: float,
+    ) -> None:
+        given = {
+            "sums": sums, "scale": scale, "weight": weight, "sse": sse, "aux_sse": aux_sse,
+            "dead": dead, "lr": lr,
+        }  # fmt: skip
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        if not sums.late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the numbers, waiting for them if need be."""
+        error, active, aux = self.sums.read()
+        fvu, auxk = error * self.scale, aux * self.scale
+        for loss, sse in ((fvu, self.sse), (fvu + self.weight * auxk, self.aux_sse)):
+            try:
+                check_finite(loss, sse)
+            except NonFiniteError as found:
+                found.late = self.sums.late
+                raise
+        numbers = {"fvu": fvu, "auxk": auxk, "loss": loss, "l0": active / max(1, len(self.sse))}
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> float:
+        """A number that nobody has read yet."""
+        if name not in ("fvu", "auxk", "loss", "l0"):
+            raise AttributeError(name)
+        self.settle()
+        return float(self.__dict__[name])
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.ops import sae_loss, sae_update, topk_encode
+from microtome._reading import Reading
+from microtome.ops import RowGradients, sae_loss, sae_update, topk_encode
 from microtome.ops.sae_update import Code, moments_for
+from microtome.sae.auxk import by_products, worthwhile
 from microtome.sae.config import TrainConfig
 from microtome.sae.loss import (
     DeadSet,
+    LateLosses,
     Losses,
-    check_finite,
     dead_set,
     variance_of,
     variance_sums,
@@ -56,6 +58,7 @@ class FusedStep:
             sae.parameters_in_order, config.rule(self.base_lr), config.moments
         )
         self.since_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_enc.device)
+        self._last: LateLosses | None = None  # whose numbers nobody may have read
 
     @torch.no_grad()
     def take(self, x: Tensor, factor: float, step: int) -> Losses:
@@ -68,57 +71,61 @@ class FusedStep:
 
         Raises:
             NonFiniteError: x holds NaN or infinity, or the error overflows; nothing has been
-                changed.
+                changed. On a GPU, which is not waited for, the next step raises, or who reads the
+                losses first.
         """
-        sae, weights = self.sae, self.weights
-        rows = weights.rows(x)
+        sae, weights, rows = self.sae, self.weights, self.weights.rows(x)
+        dead_now = self.since_fired >= self.config.dead_after_tokens
+        wide = x.to(sae.W_enc.dtype)
+        first = Reading(*variance_sums(wide), dead_now.sum())
         W_enc, b_enc, screen = weights.encoder()
         values, indices, _ = topk_encode(rows.seen, W_enc, b_enc, k=sae.activation.k, screen=screen)
         values = values.relu()
         sse, grad_out, grad_values = sae_loss(
             rows.target, values, indices, weights.decoder(), rows.bias
         )
-        x = x.to(sae.W_enc.dtype)
-        dead_now = self.since_fired >= self.config.dead_after_tokens
-        counts = ((values > 0).sum(), dead_now.sum())
-        # All that the host must know of the step in one reading: on a GPU each is a wait.
-        numbers = torch.stack([t.double() for t in (*variance_sums(x), sse.sum(), *counts)])
-        variance, energy, error, active, n_dead = numbers.tolist()
-        scale = 1.0 / variance_of(variance, energy, x.dtype)
-        loss = fvu = error * scale
-        check_finite(loss, sse)
-        code = Code(indices, values, grad_values, grad_out, scale)
-        l0 = int(active) / max(1, len(x))
+        # A GPU has these when the step before is done, and goes on with the encoder meanwhile.
+        variance, energy, n_dead = first.read()
+        last, self._last = self._last, None
+        if last is not None:
+            last.settle()
+        scale = 1.0 / variance_of(variance, energy, wide.dtype)
 
-        aux, auxk = None, 0.0
+        aux, extra, aux_sse, weight = None, None, sse.new_zeros(1), 0.0
         dead = dead_set(self.since_fired, sae.d_model, self.config, int(n_dead))
         if dead is not None:
-            aux, sse = self._aux(rows.seen, grad_out, dead, scale)
-            auxk = float(sse.sum()) * scale
-            loss += dead.weight * auxk
-            check_finite(loss, sse)
-
-        lr = self.base_lr * factor
+            aux, extra, aux_sse = self._aux(rows.seen, grad_out, dead, scale)
+            weight = dead.weight
+        sums, lr = Reading(sse.sum(), (values > 0).sum(), aux_sse.sum()), self.base_lr * factor
+        # On a CPU an overflow raises here, before anything is written.
+        losses = LateLosses(sums, scale, weight, sse, aux_sse, dead_now, lr)
         fired = sae_update(
-            code, rows.seen, sae.parameters_in_order, self.moments, self.config.rule(lr), step,
-            aux=aux, center=sae.center, screen=screen, copies=weights.copies,
+            Code(indices, values, grad_values, grad_out, scale), rows.seen, sae.parameters_in_order,
+            self.moments, self.config.rule(lr), step,
+            aux=aux, extra=extra, center=sae.center, screen=screen, copies=weights.copies,
         )  # fmt: skip
         weights.keep(screen)
         self.since_fired += len(x)
         self.since_fired.masked_fill_(fired > 0, 0)  # by a mask as index, a GPU would be waited for
-        return Losses(fvu, auxk, loss, l0, self.since_fired >= self.config.dead_after_tokens, lr)
+        torch.ge(self.since_fired, self.config.dead_after_tokens, out=dead_now)
+        self._last = losses if sums.late else None
+        return losses
 
     def _aux(
         self, seen: Tensor, grad_out: Tensor, dead: DeadSet, scale: float
-    ) -> tuple[Code, Tensor]:
+    ) -> tuple[Code | None, RowGradients | None, Tensor]:
+        residual = grad_out * -0.5  # grad_out is 2 (x_hat - x)
+        if worthwhile(dead, self.sae.n_features):
+            extra, sse = by_products(self.weights, seen, residual, dead, scale * dead.weight)
+            return None, extra, sse
         W_enc, b_enc, screen = self.weights.encoder(dead.latents)
         values, places, _ = topk_encode(seen, W_enc, b_enc, k=dead.k, screen=screen)
         values, indices = values.relu(), dead.latents[places.long()].int()
-        residual = grad_out * -0.5  # grad_out is 2 (x_hat - x)
         sse, aux_grad_out, aux_grad_values = sae_loss(
             residual, values, indices, self.weights.decoder()
         )
-        return Code(indices, values, aux_grad_values, aux_grad_out, scale * dead.weight), sse
+        aux = Code(indices, values, aux_grad_values, aux_grad_out, scale * dead.weight)
+        return aux, None, sse
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
         """Tensors and JSON values from which `load` continues bit for bit."""
