@@ -385,11 +385,8 @@ def test_parameters_that_require_grad_and_strided_inputs_are_taken(backend: str)
 def test_opcheck(backend: str) -> None:
     p = problem(CASES[2], UpdateRule("sgd"), aux=True)
     screen = screen_weights(p.params[0], "bf16" if backend in ON_GPU else "q15")
-    codes = [
-        (c.indices, c.values, c.grad_values, c.grad_out, c.scale)
-        for c in (p.code, p.aux)
-        if c is not None
-    ]
+    assert p.aux is not None
+    codes = [(c.indices, c.values, c.grad_values, c.grad_out, c.scale) for c in (p.code, p.aux)]
     place = torch.arange(-1, len(p.params[1]) - 1, dtype=torch.int32)
     extra = () if backend == "cuda" else (place, *(0.1 * w for w in p.params[:3]))
     extra = extra or (None,) * 4  # which CUDA C++ does not take
