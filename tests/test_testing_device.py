@@ -42,7 +42,7 @@ def test_what_an_op_writes_comes_back() -> None:
 
     def step() -> list[Tensor]:
         params = [t[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
-        op(*code, *[None] * 4, 0.0, t["x"], *params, *[None] * 8, "", None, None, *rule, None)
+        op(*code, *[None] * 4, 0.0, t["x"], *params, *[None] * 8, "", *[None] * 8, *rule, None)
         return params
 
     expected = step()

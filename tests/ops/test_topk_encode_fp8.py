@@ -188,4 +188,4 @@ def test_a_training_step_does_not_take_a_screen_that_it_would_not_refresh() -> N
     with pytest.raises(
         ArgumentError, match=r"^sae_update: screen\.kind must be one of 'bf16', 'q15', got 'fp8'\.$"
     ):
-        check_state(params, moments_for(params, rule), rule, screen_weights(params[0], "fp8"))
+        check_state(params, moments_for(params, rule), rule, screen_weights(params[0], "fp8"), None)

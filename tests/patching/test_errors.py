@@ -56,7 +56,7 @@ def test_prompts_have_to_correspond():
         "sweep: tokens must be int64, got float32. Cast it with .to()."
     )
     assert fails(ArgumentError, clean=CLEAN + 300) == (
-        "sweep: indices must lie in [0, vocabulary=256), got 309."
+        "sweep: tokens must lie in [0, vocabulary=256), got 309."
     )
     assert fails(
         ShapeError, Plain(), clean=torch.zeros(2, 5, 3), corrupted=torch.zeros(2, 5, 3)
