@@ -267,7 +267,7 @@ def update_inputs(
     arguments = [
         t["indices"].int(), t["values"], grad_values, grad_out, 0.7,
         *(second if aux else (None, None, None, None, 0.0)), t["x"].contiguous(), *params,
-        *moments, *shadow,
+        *moments, *shadow, *(None,) * 6,  # neither copies nor rows of gradients
         rule.optimizer, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, 3,
         rule.rowsparse, rule.project, rule.renorm, center,
     ]  # fmt: skip
