@@ -97,3 +97,19 @@ def test_a_gpu_gets_the_same_numbers_as_by_a_plain_copy():
         torch.ones(1 << 20, device=device).cumsum(0)  # something for the copy to overtake
         assert torch.equal(moved, x.to(device).bfloat16())
     feed.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_batch_that_a_gpu_is_still_making_is_not_overtaken_by_its_cast():
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def made() -> Iterator[Tensor]:
+        for i in range(10):
+            slow = torch.ones(1 << 22, device=device).cumsum(0)
+            yield (slow[: 512 * 256] * 0 + i).view(512, 256)
+
+    feed = Feed(made(), device, torch.bfloat16, GpuLane(device, torch.bfloat16))
+    for i in range(10):
+        assert bool((next(feed) == i).all())
+    feed.close()

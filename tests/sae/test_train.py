@@ -11,6 +11,7 @@ import torch
 from microtome import SAE, TopK, TrainConfig, train
 from microtome.errors import ArgumentError, CheckpointError, NonFiniteError
 from microtome.sae import InMemory, files
+from microtome.sae.train import _take
 
 SETTINGS = {"steps": 12, "batch_size": 50, "lr": 5e-3, "log_every": 4, "checkpoint_every": 4}
 
@@ -208,3 +209,38 @@ def test_without_gradients_the_fused_step_runs_and_the_other_says_why_not(data):
 
 def test_the_numbers_of_a_line_are_finite(data):
     assert all(math.isfinite(v) for line in run(data).history for v in line.values())
+
+
+class OneHuge(InMemory):
+    """Batches of which one overflows."""
+
+    def __init__(self, data, at: int) -> None:
+        super().__init__(data)
+        self.at = at
+
+    def batches(self, batch_size, *, seed, start=0):
+        numbered = enumerate(super().batches(batch_size, seed=seed, start=start), start + 1)
+        for number, batch in numbered:
+            yield batch * 1e25 if number == self.at else batch
+
+
+@pytest.mark.parametrize("at", [4, 6])  # a step that is logged, and one that is only saved
+def test_no_checkpoint_is_written_of_a_step_that_a_gpu_finds_wrong(gpu, data, tmp_path, at):
+    del gpu
+    with pytest.raises(NonFiniteError, match=f"^train: found in step {at}: .* checkpoint stays"):
+        run(OneHuge(data, at), tmp_path, checkpoint_every=2)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert f"step_{at - 2}" in names
+    assert f"step_{at}" not in names
+
+
+def test_an_error_on_which_all_ranks_agree_stays_one_when_the_step_is_named():
+    class Refusing:
+        def take(self, x, factor, step):
+            error = NonFiniteError("x holds NaN.")
+            error.agreed = True
+            raise error
+
+    with pytest.raises(NonFiniteError, match="keeps its weights of step 2") as raised:
+        _take(Refusing(), torch.zeros(1, 1), TrainConfig(steps=3), 3)
+    assert raised.value.agreed

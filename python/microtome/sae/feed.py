@@ -49,6 +49,9 @@ class GpuLane:
 
     def send(self, x: Tensor) -> Sent:
         """Ask for a copy of x in the dtype of training, and do not wait for it."""
+        if x.is_cuda:  # made on this thread's stream, which the lane's would overtake
+            batch = x.to(self.device, self.dtype)
+            return Sent(batch, torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.stream):
             if x.device.type == "cpu":
                 x = x.pin_memory()  # given back to torch's cache, which minds the stream

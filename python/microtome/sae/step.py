@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from microtome._reading import Reading
-from microtome.ops import RowGradients, sae_loss, sae_update, topk_encode
+from microtome.ops import RowGradients, sae_loss, sae_update, synchronize, topk_encode
 from microtome.ops.sae_update import Code, moments_for
 from microtome.sae.auxk import by_products, worthwhile
 from microtome.sae.config import TrainConfig
@@ -128,7 +128,15 @@ class FusedStep:
         return aux, None, sse
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
-        """Tensors and JSON values from which `load` continues bit for bit."""
+        """Tensors and JSON values from which `load` continues bit for bit.
+
+        Raises:
+            NonFiniteError: on a GPU, for the last step, which a checkpoint must not count as taken.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.settle()
+        synchronize(self.sae.W_enc.device)
         tensors = {n: m for n, m in zip(MOMENTS, self.moments, strict=True) if m is not None}
         return {**tensors, "since_fired": self.since_fired}, None
 

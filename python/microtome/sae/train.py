@@ -177,7 +177,8 @@ def _loop(
                 if step in (1, total) or step % config.log_every == 0 or evaluates:
                     now = time.perf_counter()
                     speed = (step - counted) * config.batch_size / max(now - clock, 1e-9)
-                    line = _line(losses, step, speed)
+                    with _found_in(step):  # a GPU is waited for
+                        line = _line(losses, step, speed)
                     if evaluates:
                         numbers = evaluate(sae, held).to_dict()
                         line.update(
@@ -189,13 +190,15 @@ def _loop(
                     clock, counted = time.perf_counter(), step
                 every = config.checkpoint_every
                 if step == total or (every and step % every == 0):
-                    run.checkpoint()
+                    with _found_in(step):
+                        run.checkpoint()
                 if ranks.stops(interrupted()):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             # A second Ctrl-C can fall into the middle of a step, and on one rank alone.
             if whole and ranks.agreed:
-                run.checkpoint()
+                with _found_in(run.step):
+                    run.checkpoint()
             raise
         finally:
             bar.close()
@@ -203,14 +206,33 @@ def _loop(
 
 
 def _take(stepper: Stepper, x: Tensor, config: TrainConfig, step: int) -> Losses:
+    with _found_in(step):
+        try:
+            return stepper.take(x, lr_factor(config, step), step)
+        except NonFiniteError as error:
+            if error.late:
+                raise
+            msg = f"train: step {step} (batch {step - 1} of seed {config.seed}): {error} The SAE "
+            msg += f"keeps its weights of step {step - 1}."
+            raise _reworded(error, msg) from error
+
+
+@contextmanager
+def _found_in(step: int) -> Iterator[None]:
+    """Say when a GPU's finding came: it is of this step or one before."""
     try:
-        return stepper.take(x, lr_factor(config, step), step)
+        yield
     except NonFiniteError as error:
-        msg = f"train: step {step} (batch {step - 1} of seed {config.seed}): {error} The SAE "
-        msg += f"keeps its weights of step {step - 1}."
-        if error.late:  # of this step or one before
-            msg = f"train: found in step {step}: {error} The last checkpoint stays."
-        raise NonFiniteError(msg) from error
+        if not error.late:
+            raise
+        msg = f"train: found in step {step}: {error} The last checkpoint stays."
+        raise _reworded(error, msg) from error
+
+
+def _reworded(error: NonFiniteError, msg: str) -> NonFiniteError:
+    other = NonFiniteError(msg)
+    other.late, other.agreed = error.late, error.agreed  # said once, where all ranks raise it
+    return other
 
 
 def _line(losses: Losses, step: int, speed: float) -> dict[str, Any]:
