@@ -19,8 +19,6 @@ from benchmarks.shapley_case import CASES, Contender, Question, question
 
 Row = dict[str, Any]
 OURS, PEERS = "benchmarks.ops.bench_shapley", "benchmarks.peers.bench_shapley_peers"
-# OpenBLAS's threads spin for some 20 ms after a product, and take a core from who comes next.
-SETTLE = 0.05  # seconds
 PACKAGES = {"shap": "shap", "captum": "captum", "shapiq": "shapiq", "lime": "lime"}
 
 
@@ -76,7 +74,6 @@ def measure(asked: Question, contenders: dict[str, tuple[Contender, Row]], spend
             if turn >= 3 and spent > spend:
                 continue
             gc.disable()
-            time.sleep(SETTLE)
             start = time.perf_counter()
             values = contender.run(turn + 1)
             times[name].append((time.perf_counter() - start) / len(asked.x))
