@@ -80,6 +80,18 @@ def test_a_dead_latent_that_no_row_uses_has_no_row_of_gradients():
     assert (found.place >= 0).sum() == 1
 
 
+def test_autocast_changes_nothing():
+    found = []
+    for within in (False, True):
+        sae = make(torch.float32)
+        step = FusedStep(sae, TrainConfig(steps=1, dead_after_tokens=10**6, lr=1e-2))
+        step.since_fired[[3, 7, 9]] = 10**6
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            step.take(rows(torch.float32), 1.0, 1)
+        found.append([p.detach().clone() for p in sae.parameters_in_order])
+    assert all(map(torch.equal, *found))
+
+
 def test_products_are_for_few_latents():
     assert auxk.worthwhile(DeadSet(torch.arange(1024), 4, 1.0), 16384)
     assert not auxk.worthwhile(DeadSet(torch.arange(1025), 4, 1.0), 16384)

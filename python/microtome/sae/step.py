@@ -116,7 +116,8 @@ class FusedStep:
     ) -> tuple[Code | None, RowGradients | None, Tensor]:
         residual = grad_out * -0.5  # grad_out is 2 (x_hat - x)
         if worthwhile(dead, self.sae.n_features):
-            extra, sse = by_products(self.weights, seen, residual, dead, scale * dead.weight)
+            with torch.autocast(seen.device.type, enabled=False):  # the ops decide for themselves
+                extra, sse = by_products(self.weights, seen, residual, dead, scale * dead.weight)
             return None, extra, sse
         W_enc, b_enc, screen = self.weights.encoder(dead.latents)
         values, places, _ = topk_encode(seen, W_enc, b_enc, k=dead.k, screen=screen)

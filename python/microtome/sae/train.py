@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from microtome import __version__
 from microtome.errors import ArgumentError, NonFiniteError
+from microtome.ops import synchronize
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
 from microtome.sae.feed import Feed
@@ -191,6 +192,7 @@ def _loop(
                 every = config.checkpoint_every
                 if step == total or (every and step % every == 0):
                     with _found_in(step):
+                        synchronize(like.device)  # nothing of this run is left for a later call
                         run.checkpoint()
                 if ranks.stops(interrupted()):
                     raise KeyboardInterrupt
