@@ -16,7 +16,7 @@ from microtome.sae.loss import Losses, aux_share, check_finite, variance_of, var
 from microtome.sae.ranks import fingerprint, same_rows
 from microtome.sae.sharded import ShardedSAE
 from microtome.sae.sharded_top_k import own_entries, top_k_of_ranks
-from microtome.sae.step import MOMENTS
+from microtome.sae.step import named
 
 
 @dataclass(frozen=True)
@@ -254,15 +254,12 @@ class ShardedStep:
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
         """This rank's tensors, from which `load` continues bit for bit."""
-        tensors = {n: m for n, m in zip(MOMENTS, self.moments, strict=True) if m is not None}
-        return {**tensors, "since_fired": self.since_fired}, None
+        return named(self.moments, self.since_fired), None
 
     def load(self, tensors: dict[str, Tensor], _: Any) -> None:
         """Take over what `state` gave."""
-        for name, moment in zip(MOMENTS, self.moments, strict=True):
-            if moment is not None:
-                moment.copy_(tensors[name])
-        self.since_fired.copy_(tensors["since_fired"])
+        for name, kept in named(self.moments, self.since_fired).items():
+            kept.copy_(tensors[name])
 
 
 def _grad_b_enc(code: Code, f: int) -> Tensor:

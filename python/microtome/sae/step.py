@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from microtome.sae.loss import (
 from microtome.sae.sae import SAE
 from microtome.sae.weights import NarrowWeights, Weights
 
-MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
+_MOMENTS = tuple(f"{m}.{p}" for p in ("W_enc", "b_enc", "W_dec", "b_dec") for m in ("m", "v"))
+
+
+def named(moments: Sequence[Tensor | None], since_fired: Tensor) -> dict[str, Tensor]:
+    """What a step keeps from one batch to the next, under its names in a checkpoint."""
+    kept = {n: m for n, m in zip(_MOMENTS, moments, strict=True) if m is not None}
+    return {**kept, "since_fired": since_fired}
 
 
 class FusedStep:
@@ -86,9 +93,7 @@ class FusedStep:
         )
         # A GPU has these when the step before is done, and goes on with the encoder meanwhile.
         variance, energy, n_dead = first.read()
-        last, self._last = self._last, None
-        if last is not None:
-            last.settle()
+        self._settle_last()
         scale = 1.0 / variance_of(variance, energy, wide.dtype)
 
         aux, extra, aux_sse, weight = None, None, sse.new_zeros(1), 0.0
@@ -110,6 +115,12 @@ class FusedStep:
         torch.ge(self.since_fired, self.config.dead_after_tokens, out=dead_now)
         self._last = losses if sums.late else None
         return losses
+
+    def _settle_last(self) -> None:
+        """Raise what the losses of the step before turned out to be, once."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.settle()
 
     def _aux(
         self, seen: Tensor, grad_out: Tensor, dead: DeadSet, scale: float
@@ -134,16 +145,11 @@ class FusedStep:
         Raises:
             NonFiniteError: on a GPU, for the last step, which a checkpoint must not count as taken.
         """
-        last, self._last = self._last, None
-        if last is not None:
-            last.settle()
+        self._settle_last()
         synchronize(self.sae.W_enc.device)
-        tensors = {n: m for n, m in zip(MOMENTS, self.moments, strict=True) if m is not None}
-        return {**tensors, "since_fired": self.since_fired}, None
+        return named(self.moments, self.since_fired), None
 
     def load(self, tensors: dict[str, Tensor], _: Any) -> None:
         """Take over what `state` gave."""
-        for name, moment in zip(MOMENTS, self.moments, strict=True):
-            if moment is not None:
-                moment.copy_(tensors[name])
-        self.since_fired.copy_(tensors["since_fired"])
+        for name, kept in named(self.moments, self.since_fired).items():
+            kept.copy_(tensors[name])
