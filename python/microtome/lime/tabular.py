@@ -30,10 +30,6 @@ from microtome.shapley import running
 from microtome.shapley.call import as_function
 from microtome.shapley.game import MEMORY
 
-# Rows in one call of a torch function: the hidden states of more are returned to the system after
-# every call and cost page faults (5000 rows of a network 30-128-128-1: 7.5 ms, in parts 6.4).
-_TORCH_ROWS = 2048
-
 
 def explain_tabular(
     f: Any,
@@ -124,8 +120,7 @@ def explain_tabular(
         msg = f"{op}: x has no rows to explain."
         raise ArgumentError(msg)
     kernel = kernel_of(op, kernel, kernel_width, 0.75 * math.sqrt(m))
-    most = memory // (8 * m)
-    model = Model(op, function, outputs, min(most, _TORCH_ROWS) if columns.torch else most)
+    model = Model(op, function, outputs, memory // (8 * m))
     near = Neighbourhood(op, columns, discretize, labels, around)
     # Copies: f may work in place, and these rows are read again.
     prediction = model.explicands(lambda a, b: columns.back(columns.x[a:b].copy()), e, check)

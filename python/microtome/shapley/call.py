@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from microtome import _heap
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
 
 
@@ -36,6 +37,7 @@ class Outputs:
         self.name, self.function, self.hint, self.rows = name, function, hint, rows
         self.scalar = True
         self.outputs: int | None = None
+        _heap.keep_freed()
 
     def __call__(self, inputs: Any, count: int) -> Tensor:
         """[count, o] float64 on the CPU, o = 1 for a scalar function.

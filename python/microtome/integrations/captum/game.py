@@ -88,7 +88,7 @@ class ForwardGame:
         e, p = self.asked.rows, len(self.players)
         ranks = torch.arange(p, dtype=torch.int32)[None]
         row_bytes = sum(x.shape[1] * x.element_size() for x in self.x)
-        self.per_call = max(2, rows_a_call(self.memory, row_bytes, self.x[0].device))
+        self.per_call = max(2, rows_a_call(self.memory, row_bytes, self.x[0].device, tensors=True))
         if self.perturbations is not None:
             self.per_call = min(self.per_call, self.perturbations * e)
         two = torch.tensor([[0, 0, 0, 0], [0, 0, 0, p]])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from microtome import _heap
 from microtome.errors import ArgumentError, NonFiniteError, ShapeError
 from microtome.lime.equations import Equations, from_coalitions
 from microtome.lime.kernels import weights_of
@@ -63,6 +64,7 @@ class Local:
         self.kernel_fn = partial(kernel or exponential, kernel_width=float(kernel_width))
         self.selection = feature_selection.removesuffix("_selection")
         check_selection(op, self.selection)
+        _heap.keep_freed()
 
     def weights(self, distances: np.ndarray) -> np.ndarray:
         return weights_of(self.op, self.kernel_fn, distances)
