@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,33 @@ def test_an_interrupt_writes_a_checkpoint_and_is_raised_again(data, tmp_path: Pa
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = train(fresh(), data, config, out=tmp_path, progress=False)
     assert torch.equal(resumed.sae.W_enc, run(data).sae.W_enc)
+
+
+class Ending(InMemory):
+    """Batches that stop coming after `count`, by an error or with none."""
+
+    def __init__(self, data, count: int, error: Exception | None) -> None:
+        super().__init__(data)
+        self.count, self.error = count, error
+
+    def batches(self, batch_size, *, seed, start=0):
+        yield from islice(super().batches(batch_size, seed=seed, start=start), self.count)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (None, ArgumentError, r"^train: activations\.batches\(\) ended before the training did"),
+        (OSError("unreadable"), OSError, "^unreadable$"),
+    ],
+)
+def test_rows_that_stop_coming_end_the_run_with_a_checkpoint(data, tmp_path, error, kind, text):
+    with pytest.raises(kind, match=text):
+        run(Ending(data, 6, error), tmp_path)
+    assert (tmp_path / "checkpoints" / "step_6").is_dir()
+    assert torch.equal(run(data, tmp_path).sae.W_enc, run(data).sae.W_enc)
 
 
 def test_a_full_disk_says_so_and_leaves_the_checkpoints_before(data, tmp_path: Path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from microtome.errors import ArgumentError
 from microtome.models.batches import Prefetched
 
 AHEAD = 2  # batches on their way; each takes its bytes of pinned memory and of the GPU's
@@ -76,7 +77,7 @@ class Feed(Iterator[Tensor]):
         dtype: of the batches there.
         lane: of a GPU; made here unless a test brings one.
 
-    An exception of `batches` is raised by `next`, in its turn.
+    An exception of `batches` is raised by `next`, in its turn; that they end is one.
     """
 
     def __init__(
@@ -91,11 +92,19 @@ class Feed(Iterator[Tensor]):
         self._early: Prefetched[Sent] | None = None
         if self._lane is not None:
             send = self._lane.send
-            self._early = Prefetched(lambda _: send(next(batches)), 0, AHEAD)
+            self._early = Prefetched(lambda _: send(self._read()), 0, AHEAD)
+
+    def _read(self) -> Tensor:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            msg = "train: activations.batches() ended before the training did. It must yield "
+            msg += "batches without end: when all rows were used, start again in another order."
+            raise ArgumentError(msg) from None
 
     def __next__(self) -> Tensor:
         if self._early is None or self._lane is None:
-            return next(self._batches).to(self._device, self._dtype)
+            return self._read().to(self._device, self._dtype)
         return self._lane.receive(next(self._early))
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from microtome import __version__
-from microtome.errors import ArgumentError, NonFiniteError
+from microtome.errors import ArgumentError, CheckpointError, NonFiniteError
 from microtome.ops import synchronize
 from microtome.sae.config import TrainConfig
 from microtome.sae.evaluate import evaluate
@@ -89,7 +89,9 @@ def train(
             (a full disk).
 
     Ctrl-C ends the step, writes a checkpoint and raises KeyboardInterrupt; a second one ends at
-    once. Deterministic: a function of the SAE, the activations and the config.
+    once. Rows that cannot be read, or memory that runs out in an evaluation, end the run with a
+    checkpoint of the last whole step, too. Deterministic: a function of the SAE, the activations
+    and the config.
     """
     _check_sae(sae, config)
     ranks = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
@@ -196,9 +198,13 @@ def _loop(
                         run.checkpoint()
                 if ranks.stops(interrupted()):
                     raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            # A second Ctrl-C can fall into the middle of a step, and on one rank alone.
-            if whole and ranks.agreed:
+        except (NonFiniteError, CheckpointError):
+            raise  # of these very weights; of the folder itself
+        except BaseException as error:
+            # A second Ctrl-C can fall into the middle of a step, and on one rank alone; other
+            # errors may be one rank's, too.
+            known = ranks.agreed if isinstance(error, KeyboardInterrupt) else ranks is ALONE
+            if whole and known:
                 with _found_in(run.step):
                     run.checkpoint()
             raise
