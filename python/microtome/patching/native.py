@@ -16,24 +16,48 @@ from microtome.patching.hooked import fingerprint
 class KnownModel:
     """What the engines of a known model share: its parts, its prompts and their final stream.
 
-    Attributes:
-        runner: the verified parts.
-        model: what they were read from.
-        tokens: [b + s, t] int64, base prompts first, then source prompts.
-        final: [(b + s) * t, d], their stream after the last block.
+    Args:
+        model: the model.
+        runner: its verified parts.
+        base: [b, t] int64, the prompts that are patched.
+        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
+        first: [b] and [s] int64, the first position that counts of each.
+        stop: [b] int64, one past the last.
         delta: multiply differences in bf16.
+        memory: bytes for all activations.
+
+    Attributes:
+        tokens: [b + s, t] int64, base prompts first, then source prompts.
+        first: [b + s] int64.
+        final: [(b + s) * t, d], their stream after the last block.
         shape: of the run.
     """
 
     name, note, groups = "native", "", 1
-    runner: Runner
-    model: nn.Module
-    tokens: Tensor
     final: Tensor
-    delta: bool
-    shape: Shape
 
-    def sized(self, b: int, first: Tensor, stop: Tensor) -> Shape:
+    def __init__(
+        self,
+        model: nn.Module,
+        runner: Runner,
+        base: Tensor,
+        source: Tensor,
+        first: tuple[Tensor, Tensor],
+        stop: Tensor,
+        *,
+        delta: bool,
+        memory: int,
+    ) -> None:
+        self.runner, self.delta, self.model = runner, delta, model
+        self.tokens, self.first = torch.cat((base, source.to(base.device))), torch.cat(first)
+        self.shape = self._sized(len(base), first[0], stop)
+        self._begin(memory)
+
+    def _begin(self, memory: int) -> None:
+        """Run the prompts, and keep what fits."""
+        raise NotImplementedError
+
+    def _sized(self, b: int, first: Tensor, stop: Tensor) -> Shape:
         """The shape of a run of b base prompts whose positions first ... stop - 1 count."""
         blocks = self.runner.stack.blocks
         block = blocks[0]
@@ -97,37 +121,16 @@ class KnownModel:
 
 
 class NativeEngine(KnownModel):
-    """Runs plans over b base prompts, with the b source prompts beside them in one run.
+    """Runs plans over b base prompts, with the source prompts beside them in one run.
 
-    Args:
-        model: the model.
-        runner: its verified parts.
-        base: [b, t] int64, the prompts that are patched.
-        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
-        first: [b] and [s] int64, the first position that counts of each.
-        stop: [b] int64, one past the last.
-        delta: multiply differences in bf16.
-        memory: bytes for all activations; an eighth is the least that patched rows get.
+    An eighth of the memory is the least that patched rows get.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runner: Runner,
-        base: Tensor,
-        source: Tensor,
-        first: tuple[Tensor, Tensor],
-        stop: Tensor,
-        *,
-        delta: bool,
-        memory: int,
-    ) -> None:
-        self.runner, self.delta = runner, delta
-        self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
-        self.run = runner.base(model, self.tokens, torch.cat(first).int(), differences=delta)
+    def _begin(self, memory: int) -> None:
+        tokens, first = self.tokens, self.first.int()
+        self.run = self.runner.base(self.model, tokens, first, differences=self.delta)
         self.final = self.run.final
         self.memory = max(memory // 8, memory - self.run.nbytes)
-        self.shape = self.sized(len(base), first[0], stop)
 
     def activation(self, layer: int, stage: str) -> Tensor:
         """[(b + s) * t, w]: what base and source prompts have at a stage."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from microtome.models.native.base import BaseRun
 from microtome.models.native.plan import Plan
-from microtome.models.native.runner import Runner
 from microtome.patching.held import Held
 from microtome.patching.native import KnownModel, NativeEngine
 
@@ -20,39 +19,16 @@ class PartedEngine(KnownModel):
 
     What stays is every prompt's final stream and, in an eighth of the memory (or one place, where
     that is larger), the activations that were asked for last. So a group of cells costs a base run
-    of the prompts on top, and cells come in larger groups than elsewhere.
-
-    Args:
-        model: the model.
-        runner: its verified parts.
-        base: [b, t] int64, the prompts that are patched.
-        source: [s, t] int64, prompts that values are read from; they are prompts b ... of the run.
-        first: [b] and [s] int64, the first position that counts.
-        stop: [b] int64, one past the last.
-        delta: multiply differences in bf16.
-        memory: bytes for all activations; one prompt's run is the least that it takes.
+    of the prompts on top, and cells come in larger groups than elsewhere. One prompt's run is the
+    least memory that it takes.
     """
 
     groups = 16
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runner: Runner,
-        base: Tensor,
-        source: Tensor,
-        first: tuple[Tensor, Tensor],
-        stop: Tensor,
-        *,
-        delta: bool,
-        memory: int,
-    ) -> None:
-        self.runner, self.delta = runner, delta
-        self.model, self.tokens = model, torch.cat((base, source.to(base.device)))
-        self.first = torch.cat(first)
-        self.shape = self.sized(len(base), first[0], stop)
-        a_place = self.shape.t * self.shape.d * runner.stack.unembed.weight.element_size()
-        a_prompt = runner.bytes_a_token(differences=delta) * self.shape.t
+    def _begin(self, memory: int) -> None:
+        runner, t = self.runner, self.shape.t
+        a_place = t * self.shape.d * runner.stack.unembed.weight.element_size()
+        a_prompt = runner.bytes_a_token(differences=self.delta) * t
         # Beside the final stream; the rest is for patched rows, what is held, and what is joined.
         self.memory = max(memory // 2, memory - 2 * len(self.tokens) * a_place)
         self.at_once = max(1, self.memory * 3 // 8 // a_prompt)
