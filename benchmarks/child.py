@@ -60,3 +60,9 @@ def child(
             else []
         )
     return rows, output + ended
+
+
+def ended_badly(output: str) -> str:
+    """The last lines of a child that `child` reports as ended early, or an empty string."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return " ".join(lines[-2:]) if lines and lines[-1].startswith("child: ") else ""

@@ -19,7 +19,7 @@ FVU_TOLERANCE = 0.01
 
 def rows_of(options: argparse.Namespace, chosen: dict[str, list[str]]) -> Iterator[Row]:
     """Run the plan, one child after another, and yield rows as they come."""
-    from benchmarks.child import child
+    from benchmarks.child import child, ended_badly
     from benchmarks.plan import CASES, QUICK
     from benchmarks.real_activations import path_of
 
@@ -62,12 +62,6 @@ def rows_of(options: argparse.Namespace, chosen: dict[str, list[str]]) -> Iterat
         op = f"topk_encode memory {cold}".strip()
         failed = {"case": MEMORY_CASE, "contender": "microtome", "op": op, "status": "FAILED"}
         yield from rows or [{**failed, "error": ended_badly(output) or "it left no row"}]
-
-
-def ended_badly(output: str) -> str:
-    """The last lines of a child that `child` reports as ended early, or an empty string."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    return " ".join(lines[-2:]) if lines and lines[-1].startswith("child: ") else ""
 
 
 def compare_fvu(rows: list[Row]) -> None:

@@ -29,36 +29,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def failed(case: str, contender: str, threads: int, output: str) -> Row:
-    """The row of a child that left none."""
-    error = " ".join(output.splitlines()[-4:])
+def failed(case: str, contender: str, threads: int, error: str) -> Row:
+    """The row of a child that left none, or not all."""
     key = {"case": case, "contender": contender, "threads": threads}
     return {**key, "status": "FAILED", "error": error}
 
 
 def rows_of(name: str, threads: int, options: argparse.Namespace) -> list[Row]:
     """The rows of a case: one child for all contenders, who take turns; for memory one for each."""
-    from benchmarks.child import child
+    from benchmarks.child import child, ended_badly
     from benchmarks.shapley_case import CASES
     from benchmarks.shapley_child import ways
 
+    request: dict[str, Any] = {"cache": str(options.cache), "threads": threads}
     if name == HEADS:
-        request = {"cache": str(options.cache), "threads": threads, "walks": 7, "reps": 3}
-        found, output = child(
-            "shapley_heads", json.dumps(request), threads=threads, timeout=options.timeout
-        )
-        return found or [failed(name, "all", threads, output)]
-    alone = CASES[name].what == "memory"
+        module, requests = "shapley_heads", {"all": {**request, "walks": 7, "reps": 3}}
+    else:
+        module, request = "shapley_child", {**request, "case": name, "spend": options.spend}
+        alone = ways(name) if CASES[name].what == "memory" else [""]
+        requests = {only or "all": {**request, "only": only} for only in alone}
     rows: list[Row] = []
-    for only in ways(name) if alone else [""]:
-        request = {"case": name, "cache": str(options.cache), "threads": threads,
-                   "only": only, "spend": options.spend}  # fmt: skip
-        found, output = child(
-            "shapley_child", json.dumps(request), threads=threads, timeout=options.timeout
-        )
-        if not found:
-            found = [failed(name, only or "all", threads, output)]  # fmt: skip
+    for label, asked in requests.items():
+        found, output = child(module, json.dumps(asked), threads=threads, timeout=options.timeout)
         rows += found
+        if problem := ended_badly(output) or ("" if found else "it left no row"):
+            rows.append(failed(name, label, threads, problem))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Heads as players: coalitions of the 144 heads of a GPT-2 small, beside captum with hooks.
 
-Both sides walk the same permutations, so they evaluate the same coalitions and must give the same
-values; they take turns in one process.
+Both sides walk the same permutations, those that ours drew, so they evaluate the same coalitions
+and must give the same values; they take turns in one process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,35 @@ from benchmarks.checks import DisagreementError
 from benchmarks.patching_case import ANSWERS, SWEEPS, Question, question, save_model
 from microtome.patching import logit_difference
 from microtome.shapley import ShapleyValues, parts, permutation
-from microtome.shapley.orders import design_of, ranks
-from microtome.shapley.parts_game import ROWS
 
 CASE = "heads-144"
 AT_ONCE = (36, 144)  # perturbations in a call of captum: around the quickest
 
 
-def ours(asked: Question, walks: int) -> Callable[[], Tensor]:
-    """Values [heads] by permutation sampling over the game of heads, the base run included."""
+def ours(asked: Question, walks: int, orders: list[list[int]]) -> Callable[[], Tensor]:
+    """Values [heads] by permutation sampling over the game of heads, the base run included.
+
+    `orders` is filled with the permutations walked.
+    """
 
     def run() -> Tensor:
         metric = logit_difference(*ANSWERS)
         game = parts.heads(asked.model, asked.clean, asked.corrupted, metric)
+        answer = game.values
+        orders.clear()
+
+        def values(ranks: Tensor, spans: Tensor, who: Tensor) -> Tensor:
+            orders.extend(ranks.argsort(-1).tolist())
+            return answer(ranks, spans, who)
+
+        game.values = values  # type: ignore[method-assign]
         found: ShapleyValues = permutation(game, n_permutations=walks, design="plain")
         return found.values[0]
 
     return run
 
 
-def captum(asked: Question, walks: int, at_once: int) -> Callable[[], Tensor]:
+def captum(asked: Question, orders: list[list[int]], at_once: int) -> Callable[[], Tensor]:
     """The same by captum's ShapleyValueSampling over a mask of heads that hooks on z read."""
     from captum.attr import ShapleyValueSampling
 
@@ -64,8 +73,6 @@ def captum(asked: Question, walks: int, at_once: int) -> Callable[[], Tensor]:
         logits = model(clean, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits[:, ANSWERS[0]] - logits[:, ANSWERS[1]]
 
-    orders = [order.tolist() for order in permutations(shape.layers * shape.heads, walks)]
-
     def run() -> Tensor:
         blocks = model.transformer.h
         handles = [b.attn.c_proj.register_forward_pre_hook(hook(i)) for i, b in enumerate(blocks)]
@@ -77,7 +84,7 @@ def captum(asked: Question, walks: int, at_once: int) -> Callable[[], Tensor]:
                 sampling = ShapleyValueSampling(value)
                 sampling.permutation_generator = lambda *_: iter(orders)
                 return sampling.attribute(
-                    ones, baselines=torch.zeros_like(ones), n_samples=walks,
+                    ones, baselines=torch.zeros_like(ones), n_samples=len(orders),
                     perturbations_per_eval=at_once,
                 )[0]  # fmt: skip
         finally:
@@ -85,17 +92,6 @@ def captum(asked: Question, walks: int, at_once: int) -> Callable[[], Tensor]:
                 handle.remove()
 
     return run
-
-
-def permutations(p: int, walks: int) -> Iterator[Tensor]:
-    """The orders [p] that `permutation` walks with the plain design and seed 0.
-
-    It asks for them in rounds of as many units as fill `rows_per_round`.
-    """
-    plan = design_of("shapley_heads", "plain", p, walks)
-    each = max(1, ROWS // plan.steps)
-    for first in range(0, walks, each):
-        yield from ranks(plan, 1, first, min(each, walks - first), 0)[0, :, 0].argsort(-1)
 
 
 def main(result_path: str, request: str) -> None:
@@ -109,8 +105,9 @@ def main(result_path: str, request: str) -> None:
     sweep = SWEEPS["head-16"]
     asked = question(sweep, save_model(Path(asked_for["cache"]), sweep.shape))
     walks = asked_for["walks"]
-    sides = {"microtome": ours(asked, walks)}
-    sides |= {f"captum SVS, hooks, {n} a call": captum(asked, walks, n) for n in AT_ONCE}
+    orders: list[list[int]] = []
+    sides = {"microtome": ours(asked, walks, orders)}
+    sides |= {f"captum SVS, hooks, {n} a call": captum(asked, orders, n) for n in AT_ONCE}
     ms: dict[str, list[float]] = {name: [] for name in sides}
     values: dict[str, Tensor] = {}
     for turn in range(asked_for["reps"] + 1):  # the first is for what happens once in a process

@@ -251,8 +251,8 @@ def test_activations_that_cannot_be_had_are_a_row_that_gives_the_reason(
 def test_a_child_that_dies_leaves_its_output_and_how_it_ended():
     rows, output = child.child("no_such_module", timeout=120)
     assert rows == []
-    assert "No module named 'benchmarks.no_such_module'" in run.ended_badly(output)
-    assert run.ended_badly(output).endswith("child: exit code 1")
+    assert "No module named 'benchmarks.no_such_module'" in child.ended_badly(output)
+    assert child.ended_badly(output).endswith("child: exit code 1")
 
 
 def test_a_step_that_trains_worse_than_plain_torch_fails():
