@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -16,7 +15,7 @@
 
 namespace microtome::cpu {
 
-const TopkKernels topk_generic = {nullptr, kExactRows, 1, screen_exact, rescore, screen_row};
+const TopkKernels topk_generic = {nullptr, kExactRows, 1, screen_exact, rescore, nullptr, screen_row};
 
 namespace {
 
@@ -56,8 +55,14 @@ bool all_finite(const float* x, int64_t d) {
     return bad == 0;
 }
 
-// value descending, index ascending
-bool before(const Hit& a, const Hit& b) { return a.lower > b.lower || (a.lower == b.lower && a.index < b.index); }
+// A value and its feature as one number that sorts by value, descending, then by index. Both zeros are one value.
+uint64_t sort_key(const Hit& hit) {
+    uint32_t bits;
+    std::memcpy(&bits, &hit.lower, sizeof bits);
+    if (hit.lower == 0) bits = 0;
+    const uint32_t falling = bits >> 31 ? bits : ~bits & 0x7fffffffu;
+    return static_cast<uint64_t>(falling) << 32 | static_cast<uint32_t>(hit.index);
+}
 
 // Half of a core's second-level cache holds the packed rows of one block.
 int64_t row_block(int64_t bytes_per_row) {
@@ -97,6 +102,7 @@ class Pass {
 #pragma omp parallel num_threads(a_.threads)
         {
             std::vector<int16_t> codes(padded_ + 32);
+            std::vector<float> scratch(capacity_ + kPanel);
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < slots_; ++r) load_row(r < n ? rows[r] : -1, r, codes.data());
 
@@ -116,17 +122,16 @@ class Pass {
                     const int64_t worker = t / slices_, slice = t % slices_;
                     const int64_t size = stop - start;
                     visit(start, size * slice / slices_, size * (slice + 1) / slices_, edge(worker), edge(worker + 1),
-                          slice);
+                          slice, scratch.data());
                 }
                 if (screened_ && !a_.shadow) {
 #pragma omp barrier
                 }
             }
 #pragma omp barrier
-            std::vector<Hit> merged;
-            std::vector<float> exact;
+            Memory memory;
 #pragma omp for schedule(dynamic, 8)
-            for (int64_t r = 0; r < n; ++r) finish(rows[r], r, merged, exact);
+            for (int64_t r = 0; r < n; ++r) finish(rows[r], r, memory);
         }
         for (int64_t r = 0; r < n; ++r) {
             if (state_[r] == kOverflowed) failed.push_back(rows[r]);
@@ -213,7 +218,7 @@ class Pass {
         count_[list] = -1;
     }
 
-    void visit(int64_t start, int64_t f0, int64_t f1, int64_t r0, int64_t r1, int64_t slice) {
+    void visit(int64_t start, int64_t f0, int64_t f1, int64_t r0, int64_t r1, int64_t slice, float* scratch) {
         Screening s;
         s.shadow = a_.shadow ? a_.shadow + start * a_.stride : cold_shadow_.get();
         s.stats = a_.stats ? a_.stats + start * 4 : cold_stats_.data();
@@ -235,6 +240,7 @@ class Pass {
         s.limit = limit_.data() + slice * slots_;
         s.capacity = capacity_;
         s.k = a_.k;
+        s.scratch = scratch;
         if (f0 == f1) return;
         const int64_t rows = screened_ ? row_block(padded_ * 2) : r1 - r0;
         for (int64_t r = r0; r < r1; r += rows) {
@@ -242,63 +248,88 @@ class Pass {
         }
     }
 
+    struct Memory {  // of one thread
+        std::vector<Hit> merged;
+        std::vector<float> floats;
+        std::vector<uint64_t> keys;
+    };
+
     // Turn a row's lists into its answer, or say why there is none.
-    void finish(int64_t row, int64_t r, std::vector<Hit>& merged, std::vector<float>& exact) {
+    void finish(int64_t row, int64_t r, Memory& memory) {
         if (state_[r] == kBad) return;
         const State none = screened_ ? kOverflowed : kBad;
+        state_[r] = none;
+        Hit* hits = hits_.get() + r * capacity_;
+        int64_t n = count_[r];
+        float floor = threshold_[r];
+        if (slices_ > 1) {
+            memory.merged.clear();
+            for (int64_t list = r; list < r + slices_ * slots_; list += slots_) {
+                if (count_[list] < 0) return;
+                const Hit* first = hits_.get() + list * capacity_;
+                memory.merged.insert(memory.merged.end(), first, first + count_[list]);
+                floor = std::max(floor, threshold_[list]);
+            }
+            hits = memory.merged.data();
+            n = static_cast<int64_t>(memory.merged.size());
+        }
+        if (n < a_.k) return;
+        for (int64_t j = 0; j < n; ++j) {
+            if (hits[j].lower != hits[j].lower) return;  // a bound that overflowed
+        }
+        a_.candidates[row] = static_cast<int32_t>(a_.f);
+        if (screened_) {
+            n = survivors(x_.get() + r * a_.d, hits, n, floor, memory.floats);
+            if (n < 0) return;
+            a_.candidates[row] = static_cast<int32_t>(n);
+        }
+        state_[r] = answer(row, hits, n, memory.keys) ? kAnswered : none;
+    }
+
+    // Write the k largest values, which are the hits' `lower` by now; false if one is not finite.
+    bool answer(int64_t row, const Hit* hits, int64_t n, std::vector<uint64_t>& keys) {
         const int64_t k = a_.k;
-        merged.clear();
-        for (int64_t slice = 0; slice < slices_; ++slice) {
-            const int64_t list = slice * slots_ + r;
-            const Hit* hits = hits_.get() + list * capacity_;
-            if (count_[list] < 0) {
-                state_[r] = none;
-                return;
-            }
-            for (const Hit* hit = hits; hit != hits + count_[list]; ++hit) {
-                if (hit->lower != hit->lower) {  // a bound that overflowed
-                    state_[r] = none;
-                    return;
-                }
-                merged.push_back(*hit);
-            }
-        }
-        int64_t computed = static_cast<int64_t>(merged.size()) < k ? -1 : a_.f;
-        if (screened_ && computed > 0) computed = survivors(x_.get() + r * a_.d, merged, exact);
-        state_[r] = computed < 0 ? none : kAnswered;
-        if (computed < 0) return;
-        std::partial_sort(merged.begin(), merged.begin() + k, merged.end(), before);
+        keys.resize(n);
+        for (int64_t j = 0; j < n; ++j) keys[j] = sort_key(hits[j]);
+        if (n > k) std::nth_element(keys.begin(), keys.begin() + k, keys.end());
+        std::sort(keys.begin(), keys.begin() + k);
         for (int64_t j = 0; j < k; ++j) {
-            a_.values[row * k + j] = merged[j].lower;
-            a_.indices[row * k + j] = merged[j].index;
-            if (!std::isfinite(merged[j].lower)) state_[r] = none;
+            const uint32_t falling = static_cast<uint32_t>(keys[j] >> 32);
+            const uint32_t bits = falling >> 31 ? falling : ~falling & 0x7fffffffu;
+            const int32_t index = static_cast<int32_t>(keys[j]);
+            float value;
+            std::memcpy(&value, &bits, sizeof value);
+            if (value == 0) {  // which of the two the key does not say
+                value = std::find_if(hits, hits + n, [&](const Hit& hit) { return hit.index == index; })->lower;
+            }
+            a_.values[row * k + j] = value;
+            a_.indices[row * k + j] = index;
+            if (!std::isfinite(value)) return false;
         }
-        a_.candidates[row] = static_cast<int32_t>(computed);
+        return true;
     }
 
     // Replace the bounds of the hits that matter by float32 values (in `lower`) and drop the rest.
-    int64_t survivors(const float* x, std::vector<Hit>& hits, std::vector<float>& exact) {
+    int64_t survivors(const float* x, Hit* hits, int64_t n, float floor, std::vector<float>& floats) {
         const int64_t k = a_.k;
-        auto by_lower = [](const Hit& a, const Hit& b) { return a.lower > b.lower; };
-        std::nth_element(hits.begin(), hits.begin() + (k - 1), hits.end(), by_lower);
+        floats.resize(n + kPanel);
+        n = kernels_.best(hits, n, k, floor, floats.data());
         // The k best by their lower bound are computed first: the least of them is a bound for the k-th largest value.
-        exact.resize(hits.size());
-        kernels_.rescore(x, a_.weights, a_.d, hits.data(), k, a_.bias, exact.data());
+        float* exact = floats.data();
+        kernels_.rescore(x, a_.weights, a_.d, hits, k, a_.bias, exact);
         float least = kInfinity;
         for (int64_t j = 0; j < k; ++j) {
             if (!(exact[j] >= hits[j].lower && exact[j] <= hits[j].upper)) return -1;  // overflow or NaN in a bound
             least = std::min(least, exact[j]);
             hits[j].lower = exact[j];
         }
+        if (a_.fast) return k;
         int64_t kept = k;
-        if (!a_.fast) {
-            for (int64_t j = k; j < static_cast<int64_t>(hits.size()); ++j) {
-                if (!(hits[j].upper < least)) hits[kept++] = hits[j];
-            }
-            kernels_.rescore(x, a_.weights, a_.d, hits.data() + k, kept - k, a_.bias, exact.data());
-            for (int64_t j = k; j < kept; ++j) hits[j].lower = exact[j - k];
+        for (int64_t j = k; j < n; ++j) {
+            if (!(hits[j].upper < least)) hits[kept++] = hits[j];
         }
-        hits.resize(kept);
+        kernels_.rescore(x, a_.weights, a_.d, hits + k, kept - k, a_.bias, exact);
+        for (int64_t j = k; j < kept; ++j) hits[j].lower = exact[j - k];
         return kept;
     }
 
@@ -318,30 +349,11 @@ class Pass {
 
 }  // namespace
 
-// The k-th largest lower bound is a value that k features reach, so what lies below it with its upper bound is out.
-void prune_bounds(const Screening& s, int64_t row) {
-    thread_local std::vector<float> lower;
-    Hit* hits = s.hits + row * s.capacity;
-    const int32_t n = s.count[row];
-    lower.resize(n);
-    for (int32_t j = 0; j < n; ++j) lower[j] = hits[j].lower == hits[j].lower ? hits[j].lower : -kInfinity;
-    std::nth_element(lower.begin(), lower.begin() + (s.k - 1), lower.end(), std::greater<float>());
-    const float threshold = std::max(s.threshold[row], lower[s.k - 1]);
-    int32_t kept = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        if (!(hits[j].upper < threshold)) hits[kept++] = hits[j];
-    }
-    s.threshold[row] = threshold;
-    s.count[row] = kept;
-    s.limit[row] = static_cast<int32_t>(std::min<int64_t>(s.capacity, kept + std::max(128, kept)));
-    if (kept + 64 > s.capacity) {
-        s.threshold[row] = kInfinity;
-        s.count[row] = -1;
-    }
-}
-
 void prune_exact(const Screening& s, int64_t row) {
     Hit* hits = s.hits + row * s.capacity;
+    const auto before = [](const Hit& a, const Hit& b) {  // value descending, index ascending
+        return a.lower > b.lower || (a.lower == b.lower && a.index < b.index);
+    };
     std::nth_element(hits, hits + (s.k - 1), hits + s.count[row], before);
     s.threshold[row] = hits[s.k - 1].lower;
     s.count[row] = static_cast<int32_t>(s.k);

@@ -42,6 +42,7 @@ struct Screening {
     int32_t* limit;
     int64_t capacity;
     int64_t k;
+    float* scratch;  // [capacity + kPanel], this thread's
 };
 
 // Screens features [f0, f1), counted from first_feature, against rows [r0, r1); r0 is a multiple of `Kernel::rows`.
@@ -51,20 +52,24 @@ using ScreenFunction = void (*)(const Screening&, int64_t f0, int64_t f1, int64_
 using RescoreFunction = void (*)(const float* x, const float* weights, int64_t d, const Hit* hits, int64_t m,
                                  const float* bias, float* values);
 
+// Reorders n hits: first the k with the largest lower bounds, then the others that may belong to the k; returns how
+// many those are together. k of them are known to reach `floor`; `scratch` has room for n + kPanel floats.
+using BestFunction = int64_t (*)(Hit* hits, int64_t n, int64_t k, float floor, float* scratch);
+
 struct TopkKernels {
     ScreenFunction screen;  // null: this level does not screen
     int screen_rows;        // rows a screening call handles together
     int kind;               // code of the shadow it needs: 0 bf16, 1 q15
     ScreenFunction exact;   // float32 for every feature
     RescoreFunction rescore;
+    BestFunction best;  // null where nothing is screened
     bool (*screen_row)(const float* w, int64_t d, int64_t stride, int kind, int16_t* shadow, float* stats);
 };
 
 extern const TopkKernels topk_generic, topk_avx2, topk_avx512;
 extern const TopkKernels topk_amx[2];  // the second on the emulated unit
 
-// Called by kernels when a row's list is full.
-void prune_bounds(const Screening& s, int64_t row);
+// Called by the float32 kernels when a row's list is full.
 void prune_exact(const Screening& s, int64_t row);
 
 struct TopkArguments {

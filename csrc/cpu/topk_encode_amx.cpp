@@ -45,7 +45,7 @@ void screen(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1) 
 }
 
 template <class Unit>
-constexpr TopkKernels kOn = {screen<Unit>, kRows, 0, screen_exact, rescore, screen_row};
+constexpr TopkKernels kOn = {screen<Unit>, kRows, 0, screen_exact, rescore, best_first, screen_row};
 
 }  // namespace
 

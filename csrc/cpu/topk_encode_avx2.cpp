@@ -47,6 +47,6 @@ void screen(const Screening& s, int64_t f0, int64_t f1, int64_t r0, int64_t r1) 
 
 }  // namespace
 
-const TopkKernels topk_avx2 = {screen, kPanel, 1, screen_exact, rescore, screen_row};
+const TopkKernels topk_avx2 = {screen, kPanel, 1, screen_exact, rescore, best_first, screen_row};
 
 }  // namespace microtome::cpu

@@ -3,6 +3,7 @@
 
 #include "common/simd.h"
 #include "cpu/topk_encode.h"
+#include "cpu/topk_encode_lists.h"
 
 namespace microtome::cpu {
 namespace {

@@ -9,6 +9,7 @@ namespace microtome::test {
     X(topk_encode_answers_every_shape_at_every_level)             \
     X(topk_encode_tells_near_ties_apart_at_every_level)           \
     X(topk_encode_computes_overflowing_rows_whole)                \
+    X(topk_encode_takes_zeros_of_both_signs_for_one_value)        \
     X(topk_encode_keeps_few_candidates_on_gaussian_rows)          \
     X(topk_encode_names_what_is_not_finite)                       \
     X(decode_and_loss_are_right_at_every_level)                   \

@@ -116,6 +116,23 @@ void topk_encode_computes_overflowing_rows_whole() {
     }
 }
 
+void topk_encode_takes_zeros_of_both_signs_for_one_value() {
+    Input in = make(3, 16, 400, 40, 9);
+    std::fill(in.x.begin(), in.x.end(), 1e-30f);
+    std::fill(in.center.begin(), in.center.end(), 0.0f);
+    std::fill(in.bias.begin(), in.bias.end(), -0.0f);
+    // Products that vanish with their sign; without fma the sum they are added to has lost it.
+    for (int64_t f = 0; f < in.f; ++f) std::fill_n(&in.weights[f * in.d], in.d, f % 3 ? 1e-30f : -1e-30f);
+    for (Isa isa : levels()) {
+        const Answer a = run(in, isa, 2, true);
+        for (int64_t j = 0; j < in.n * in.k; ++j) {
+            const bool negative = isa >= Isa::kAvx2 && j % in.k % 3 == 0;
+            CHECK(a.indices[j] == j % in.k);
+            CHECK(a.values[j] == 0 && std::signbit(a.values[j]) == negative);
+        }
+    }
+}
+
 void topk_encode_keeps_few_candidates_on_gaussian_rows() {
     const Input in = make(32, 256, 8192, 32, 7);
     for (Isa isa : levels()) {
