@@ -103,6 +103,21 @@ def test_every_backend_and_gradient_is_as_accurate_as_plain_pytorch(
 
 
 @on_every_backend
+def test_rows_of_thousands_of_entries_are_as_accurate_as_a_product(backend: str) -> None:
+    g, n, f, d = generator(0, "massive"), 8, 3000, 32
+    values, W_dec = torch.rand(n, f, generator=g), torch.randn(f, d, generator=g)
+    exact = values.double() @ W_dec.double()
+    allowed = 2 * float((values @ W_dec - exact).abs().max())
+    indices, offsets = torch.arange(f).repeat(n).int(), torch.arange(n + 1) * f
+    by_row = torch.arange(n).repeat(f).int()  # as the gradient of n rows of a decoder
+    with use_backend(backend):
+        out = csr_decode(values.flatten(), indices, offsets, W_dec, None)
+        grad = csr_grad_W_dec(values.T.flatten(), by_row, torch.arange(f + 1) * n, W_dec, n)
+    assert float((out - exact).abs().max()) <= allowed
+    assert float((grad - exact).abs().max()) <= allowed
+
+
+@on_every_backend
 def test_repeats_give_the_same_bits(backend: str) -> None:
     c = code_of("long_row", torch.float32)
     with use_backend(backend):

@@ -12,6 +12,7 @@ from microtome.errors import ArgumentError, ShapeError
 from microtome.ops._registry import Op, triton_backend
 
 _BLOCK = 1 << 22  # elements that a reference gathers at once
+_RUN = 64  # entries added up one after another; the sums of such runs are added up alike
 
 
 def check_offsets(op: str, offsets: Tensor, entries: int) -> None:
@@ -38,17 +39,31 @@ def check_offsets(op: str, offsets: Tensor, entries: int) -> None:
 
 
 def _sums(weights: Tensor, sources: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    """out[s] = sum of weights[e] table[sources[e]] over the entries of s, in float32 or float64."""
+    """out[s] = sum of weights[e] table[sources[e]] over the entries of s, in float32 or float64.
+
+    A row of a BatchTopK code can hold thousands of entries. Added up one after another they lose
+    several times what a product of matrices loses, so long segments are summed in runs.
+    """
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
     segments, used = offsets.numel() - 1, int(offsets[-1])
     if segments == 0 or table.shape[1] == 0 or used == 0:
         return torch.zeros(segments, table.shape[1], dtype=wide, device=table.device)
+    offsets = offsets.long()
+    runs = (offsets.diff() + _RUN - 1) // _RUN
+    ends = torch.nn.functional.pad(runs.cumsum(0), (1, 0))
+    starts, long = offsets, int(runs.max()) > 1
+    if long:
+        run = torch.arange(int(ends[-1]), device=offsets.device)
+        within = run - ends[:-1].repeat_interleave(runs)
+        starts = offsets[:-1].repeat_interleave(runs) + _RUN * within
+        starts = torch.cat([starts, offsets[-1:]])
     # Of what is not contiguous embedding_bag takes the sum in another order.
-    weights, sources, offsets, table = (t.contiguous() for t in (weights, sources, offsets, table))
-    return embedding_bag(
-        sources[:used].long(), table.to(wide), offsets.long(), mode="sum",
+    weights, sources, starts, table = (t.contiguous() for t in (weights, sources, starts, table))
+    out = embedding_bag(
+        sources[:used].long(), table.to(wide), starts, mode="sum",
         per_sample_weights=weights[:used].to(wide), include_last_offset=True,
     )  # fmt: skip
+    return _sums(torch.ones_like(run, dtype=wide), run, ends, out) if long else out
 
 
 def sparse_decode_csr_reference(
