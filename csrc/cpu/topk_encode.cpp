@@ -55,14 +55,12 @@ bool all_finite(const float* x, int64_t d) {
     return bad == 0;
 }
 
-// A value and its feature as one number that sorts by value, descending, then by index. Both zeros are one value.
-uint64_t sort_key(const Hit& hit) {
-    uint32_t bits;
-    std::memcpy(&bits, &hit.lower, sizeof bits);
-    if (hit.lower == 0) bits = 0;
-    const uint32_t falling = bits >> 31 ? bits : ~bits & 0x7fffffffu;
-    return static_cast<uint64_t>(falling) << 32 | static_cast<uint32_t>(hit.index);
-}
+// Value descending, index ascending. A type, not a function: sorting is to see through it.
+struct Before {
+    bool operator()(const Hit& a, const Hit& b) const {
+        return a.lower > b.lower || (a.lower == b.lower && a.index < b.index);
+    }
+};
 
 // Half of a core's second-level cache holds the packed rows of one block.
 int64_t row_block(int64_t bytes_per_row) {
@@ -102,7 +100,7 @@ class Pass {
 #pragma omp parallel num_threads(a_.threads)
         {
             std::vector<int16_t> codes(padded_ + 32);
-            std::vector<float> scratch(capacity_ + kPanel);
+            Memory memory{{}, std::vector<float>(capacity_ + kPanel)};
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < slots_; ++r) load_row(r < n ? rows[r] : -1, r, codes.data());
 
@@ -122,14 +120,13 @@ class Pass {
                     const int64_t worker = t / slices_, slice = t % slices_;
                     const int64_t size = stop - start;
                     visit(start, size * slice / slices_, size * (slice + 1) / slices_, edge(worker), edge(worker + 1),
-                          slice, scratch.data());
+                          slice, memory.floats.data());
                 }
                 if (screened_ && !a_.shadow) {
 #pragma omp barrier
                 }
             }
 #pragma omp barrier
-            Memory memory;
 #pragma omp for schedule(dynamic, 8)
             for (int64_t r = 0; r < n; ++r) finish(rows[r], r, memory);
         }
@@ -251,7 +248,6 @@ class Pass {
     struct Memory {  // of one thread
         std::vector<Hit> merged;
         std::vector<float> floats;
-        std::vector<uint64_t> keys;
     };
 
     // Turn a row's lists into its answer, or say why there is none.
@@ -283,30 +279,21 @@ class Pass {
             if (n < 0) return;
             a_.candidates[row] = static_cast<int32_t>(n);
         }
-        state_[r] = answer(row, hits, n, memory.keys) ? kAnswered : none;
+        state_[r] = answer(row, hits, n) ? kAnswered : none;
     }
 
     // Write the k largest values, which are the hits' `lower` by now; false if one is not finite.
-    bool answer(int64_t row, const Hit* hits, int64_t n, std::vector<uint64_t>& keys) {
+    bool answer(int64_t row, Hit* hits, int64_t n) {
         const int64_t k = a_.k;
-        keys.resize(n);
-        for (int64_t j = 0; j < n; ++j) keys[j] = sort_key(hits[j]);
-        if (n > k) std::nth_element(keys.begin(), keys.begin() + k, keys.end());
-        std::sort(keys.begin(), keys.begin() + k);
+        if (n > k) std::nth_element(hits, hits + k, hits + n, Before());
+        std::sort(hits, hits + k, Before());
+        bool finite = true;
         for (int64_t j = 0; j < k; ++j) {
-            const uint32_t falling = static_cast<uint32_t>(keys[j] >> 32);
-            const uint32_t bits = falling >> 31 ? falling : ~falling & 0x7fffffffu;
-            const int32_t index = static_cast<int32_t>(keys[j]);
-            float value;
-            std::memcpy(&value, &bits, sizeof value);
-            if (value == 0) {  // which of the two the key does not say
-                value = std::find_if(hits, hits + n, [&](const Hit& hit) { return hit.index == index; })->lower;
-            }
-            a_.values[row * k + j] = value;
-            a_.indices[row * k + j] = index;
-            if (!std::isfinite(value)) return false;
+            a_.values[row * k + j] = hits[j].lower;
+            a_.indices[row * k + j] = hits[j].index;
+            finite &= std::isfinite(hits[j].lower);
         }
-        return true;
+        return finite;
     }
 
     // Replace the bounds of the hits that matter by float32 values (in `lower`) and drop the rest.
@@ -351,10 +338,7 @@ class Pass {
 
 void prune_exact(const Screening& s, int64_t row) {
     Hit* hits = s.hits + row * s.capacity;
-    const auto before = [](const Hit& a, const Hit& b) {  // value descending, index ascending
-        return a.lower > b.lower || (a.lower == b.lower && a.index < b.index);
-    };
-    std::nth_element(hits, hits + (s.k - 1), hits + s.count[row], before);
+    std::nth_element(hits, hits + (s.k - 1), hits + s.count[row], Before());
     s.threshold[row] = hits[s.k - 1].lower;
     s.count[row] = static_cast<int32_t>(s.k);
 }
