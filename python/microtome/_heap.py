@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 _LARGEST = 32 << 20  # bytes: no larger block teaches glibc anything
 
 
+@cache  # glibc need not be told twice
 def keep_freed() -> None:
     """Have glibc keep freed blocks of up to 32 MiB for the next call.
 
