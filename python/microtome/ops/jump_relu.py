@@ -1,4 +1,7 @@
-"""JumpReLU's straight-through gradient: the threshold learns from pre-activations close to it."""
+"""JumpReLU's straight-through gradient: the threshold learns from pre-activations close to it.
+
+No kernel of its own: it is made of those of `sparse_decode_csr`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A weight matrix in panels of 32 outputs, as `packed_linear` and `delta_linear` read it."""
+"""A weight matrix in panels of 32 outputs, as `packed_linear` and `delta_linear` read it.
+
+Only processors read such panels, so there is no Triton kernel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A linear layer over packed float32 weights, with bias and a second term added as it is stored."""
+"""A linear layer over packed float32 weights, with bias and a second term added as it is stored.
+
+Only processors read such panels, so there is no Triton kernel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Uniformly random orders of players, each from a seed and its own number alone."""
+"""Uniformly random orders of players, each from a seed and its own number alone.
+
+CUDA C++ draws on a GPU; elsewhere the reference does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`sparse_decode` of codes with any number of entries a row, and its two gradients."""
+"""`sparse_decode` of codes with any number of entries a row, and its two gradients.
+
+There is no C++: on a CPU the reference answers, by torch's embedding_bag.
+"""
 
 from __future__ import annotations
 

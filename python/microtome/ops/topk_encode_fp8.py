@@ -1,4 +1,7 @@
-"""The k largest pre-activations of every row, screened in 8 bits by a model of the errors."""
+"""The k largest pre-activations of every row, screened in 8 bits by a model of the errors.
+
+On a CPU there is no 8-bit screen: `topk_encode`'s own kernels answer.
+"""
 
 from __future__ import annotations
 
